@@ -1,0 +1,115 @@
+"""One YAML file becomes one validated, frozen object; ``section.key=value`` overrides it.
+
+No domain knowledge lives here: each module owns the :class:`Section` that configures it, and a stage passes the
+schema it wants to :func:`load`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mta_ds.errors import UsageError
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def load(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
+    """Read ``path`` as YAML, apply ``a.b=value`` overrides (values in YAML syntax) and validate against ``schema``.
+
+    Raises:
+        UsageError: the file is missing or no YAML mapping, an override is malformed, or a key or value is wrong;
+            one line with the file, the key and the nearest fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such config file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: the top level must be a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, schema, where=str(path))
+
+
+def validate(values: dict[str, Any], schema: type[Schema], where: str) -> Schema:
+    """Validate plain values; ``where`` (a file name) opens the error line."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_describe(error, schema)}") from None
+
+
+def dump(config: Section) -> str:
+    """The resolved configuration as YAML that :func:`load` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"override '{override}': write it as section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"override '{override}': the value is not valid YAML; quote it") from None
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if not isinstance(child, dict):
+            child = values[parent] = {}
+        values = child
+    values[leaf] = value
+
+
+def _describe(error: ValidationError, schema: type[Section]) -> str:
+    """The first problem of a validation error as one line: dotted key, what is wrong, nearest valid name."""
+    problems = error.errors()
+    # An unknown key explains a missing one (a misspelling is both), so it is told first.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    key = ".".join(str(part) for part in problem["loc"])
+    rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        names = _names_beside(problem["loc"], schema)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(names)}"
+        return f"{key}: unknown key; {hint}{rest}"
+    if problem["type"] == "missing":
+        return f"{key}: required key is missing{rest}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{key}: {message}{given}{rest}" if key else f"{message}{rest}"
+
+
+def _names_beside(location: tuple[int | str, ...], schema: type[Section]) -> list[str]:
+    """The keys that are valid where ``location`` names one that is not."""
+    current: type[BaseModel] = schema
+    for part in location[:-1]:
+        field = current.model_fields.get(str(part))
+        models = _models_in(field.annotation) if field else []
+        if models:
+            current = models[0]
+    return list(current.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
