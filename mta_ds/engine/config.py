@@ -1,0 +1,89 @@
+"""The one YAML of a run: each section belongs to the module that it configures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mta_ds.config import Section
+from mta_ds.data import DataConfig
+from mta_ds.evaluation import EvaluationConfig
+from mta_ds.losses import LossConfig, MTAConfig
+from mta_ds.models.loading import Dtype, StudentConfig, TeacherConfig
+from mta_ds.spans.parse import ParseConfig
+
+
+class TrainConfig(Section):
+    """Optimisation, precision, and what is kept of a run."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give this or ``epochs``."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training records; give this or ``steps``."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Sequences a rank runs at once."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of the student; the projections have ``mta.projection_lr``."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """On matrices; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+    dtype: Dtype = "float32"
+    """Of both models: bfloat16 on GPUs; on a CPU float32, unless its bf16 products are known to be fast."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's layers in backward: less memory for about a third more student time."""
+    dropout: bool = False
+    """Keep the student's own dropout; off, the student sees what the teacher sees."""
+    seed: int = 0
+    log_every: int = Field(default=1, ge=1)
+    validate_every: int | None = Field(default=None, ge=1)
+    """Steps between validations on ``data.validation``; the first is before step 1, the last after the end."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; one is always written at the end and on a stop signal."""
+    keep_last: int = Field(default=2, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Save, stop and exit 75 after this long, as a batch job's own time limit."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class RunConfig(Section):
+    """A whole run: ``mta-ds parse | check | train | evaluate CONFIG`` read their sections from it."""
+
+    run_dir: Path
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    mta: MTAConfig | None = MTAConfig()
+    """Multi-Granular Trajectory Alignment; null switches it off."""
+    loss: LossConfig = LossConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    parse: ParseConfig | None = None
+
+    @model_validator(mode="after")
+    def _spans_for_mta(self) -> RunConfig:
+        if self.mta is not None and self.data.spans is None:
+            raise ValueError("data.spans: MTA needs a span store ('mta-ds parse' makes one), or set mta: null")
+        return self
+
+    def training_hash(self) -> str:
+        """Hash of what must not change between a checkpoint and its resumption."""
+        values = self.model_dump(mode="json", include={"teacher", "student", "data", "mta", "loss", "train"})
+        for free in ("log_every", "validate_every", "save_every", "keep_last", "max_minutes"):
+            del values["train"][free]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

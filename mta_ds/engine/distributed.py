@@ -1,0 +1,124 @@
+"""The process group: ranks from torchrun, srun or our own launcher; the few reductions that a step needs."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import subprocess
+from collections.abc import Callable
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mta_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+def initialise() -> None:
+    """Join the process group that the environment describes; alone, be a group of one.
+
+    The environment is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or srun's, from which the
+    same five are derived.
+    """
+    if dist.is_initialized():
+        return
+    _complete_environment()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        timeout=datetime.timedelta(minutes=30),
+        verbose=False,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; without it NCCL warns of a leak at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process' rank in the whole job."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks in the job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process' rank on its own node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over ranks, in place; every rank must call it."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def on_rank_zero_first(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0, then on the others, which find its result (a cache, a folder) already there.
+
+    A failure on rank 0 fails every rank with the same message instead of leaving them waiting.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list[str | None] = [None]
+    result: T | None = None
+    if rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            outcome = [str(error)]
+        except BaseException as error:
+            # The others must not wait for a rank that is gone; rank 0 itself shows the traceback.
+            dist.broadcast_object_list([f"rank 0 failed: {type(error).__name__}: {error}"], src=0)
+            raise
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise UserError(outcome[0])
+    return result if rank() == 0 else work()  # type: ignore[return-value]
+
+
+def _complete_environment() -> None:
+    """Fill in what the launcher left out: srun gives its own names, a plain start gives none."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list ("node[01-04]"), expanded by Slurm itself."""
+    listing = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return listing.stdout.split()[0]

@@ -1,0 +1,56 @@
+"""Write the student as a Hugging Face folder, from whatever partitions it lives in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mta_ds.engine import distributed
+from mta_ds.files import fsync_directory, fsync_file
+from mta_ds.models import copy_tokenizer, gathered
+
+
+def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
+    """Save ``model`` so that ``AutoModelForCausalLM.from_pretrained(output)`` gives equal logits.
+
+    Every rank must call it; parameters are gathered one at a time, and only rank 0 keeps them (in CPU memory). The
+    folder appears whole, replacing an older one. Tied weights are written once, as ``save_pretrained`` does.
+    """
+    weights = _gather_state(model)
+    if distributed.rank() == 0:
+        temporary = output.with_name(f".{output.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        copy_tokenizer(tokenizer_from, temporary)
+        for file in temporary.iterdir():
+            fsync_file(file)
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            output.rename(old)
+        temporary.rename(output)
+        fsync_directory(output.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+
+
+@torch.no_grad()
+def _gather_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The full state dict on rank 0's CPU, empty elsewhere; names that share a parameter share its copy."""
+    copies: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in copies:
+            with gathered([parameter]):
+                if distributed.rank() == 0:
+                    copies[id(parameter)] = parameter.detach().cpu().clone()
+        if distributed.rank() == 0:
+            state[name] = copies[id(parameter)]
+    if distributed.rank() == 0:
+        persistent = model.state_dict().keys()
+        state |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in persistent}
+    return state

@@ -1,0 +1,66 @@
+"""What a run writes down: metrics.jsonl (deterministic values only), perf.jsonl (time, memory) and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from mta_ds.files import write_atomic
+
+
+class MetricsLog:
+    """Appends one row a step to the run folder's logs; every row is flushed, so a killed job leaves whole lines.
+
+    Two files because only one may differ between a run and its exact repetition: metrics.jsonl is equal byte for byte
+    when an interrupted run is resumed, perf.jsonl is not.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        self._metrics = _open_cut(run_dir / "metrics.jsonl", resume_step)
+        self._perf = _open_cut(run_dir / "perf.jsonl", resume_step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted run logged beyond the checkpoint it resumes from
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
+        """Log one optimizer step's values."""
+        for file, row in ((self._metrics, metrics), (self._perf, perf)):
+            if row:
+                file.write(json.dumps({"step": step} | row) + "\n")
+                file.flush()
+        for name, value in (metrics | {f"perf/{k}": v for k, v in perf.items()}).items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close all three logs."""
+        self._metrics.close()
+        self._perf.close()
+        self._board.close()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this rank: allocated on its GPU, or resident in the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _open_cut(path: Path, last_step: int) -> IO[str]:
+    """Open for appending after dropping rows beyond ``last_step``, and a half-written last line."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
+        write_atomic(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        row: Any = json.loads(line)
+        return float(row["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

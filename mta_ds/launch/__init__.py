@@ -1,0 +1,1 @@
+"""Start work elsewhere: local ranks today, SLURM jobs beside them."""

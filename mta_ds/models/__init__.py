@@ -1,0 +1,46 @@
+"""The two models of a run: strict loading, ZeRO-3 partitions, key layers, the streaming teacher."""
+
+from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, hidden_size, truncate
+from mta_ds.models.initialise import copy_tokenizer, cut_layers, random_student
+from mta_ds.models.key_layers import KeyLayer, resolve_key_layers
+from mta_ds.models.loading import (
+    Dtype,
+    StudentConfig,
+    TeacherConfig,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    output_head,
+    resolve_model,
+    vocabulary_size,
+)
+from mta_ds.models.teacher import StreamingTeacher, gathered, load_teacher, ragged
+from mta_ds.models.zero import student_config, teacher_config
+
+__all__ = [
+    "CausalBody",
+    "Dtype",
+    "KeyLayer",
+    "StreamingTeacher",
+    "StudentConfig",
+    "TeacherConfig",
+    "copy_tokenizer",
+    "count_parameters",
+    "cut_layers",
+    "decoder_layers",
+    "gathered",
+    "hidden_size",
+    "load_config",
+    "load_pretrained",
+    "load_teacher",
+    "load_tokenizer",
+    "output_head",
+    "ragged",
+    "random_student",
+    "resolve_key_layers",
+    "resolve_model",
+    "student_config",
+    "teacher_config",
+    "truncate",
+    "vocabulary_size",
+]

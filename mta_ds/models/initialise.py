@@ -1,0 +1,158 @@
+"""Make the folder a student starts from, where it is not a trained model already: a cut of the teacher, or random.
+
+Every student is then loaded from a folder by the one strict, partitioned path, and the run keeps what it began with.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from mta_ds.errors import UserError
+from mta_ds.files import fsync_directory, write_atomic
+from mta_ds.models.body import decoder_layers_named
+from mta_ds.models.loading import load_config
+
+_TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja vocab.json merges.txt "
+    "tokenizer.model added_tokens.json generation_config.json"
+).split()
+
+
+def every_kth(num_layers: int, k: int) -> tuple[int, ...]:
+    """Every k-th layer index (from 0), counted down from the top so that the last layer is kept."""
+    if not 1 <= k <= num_layers:
+        raise UserError(f"student.teacher_layers: every {k}-th layer of a teacher with {num_layers} layers")
+    return tuple(sorted(range(num_layers - 1, -1, -k)))
+
+
+def cut_layers(teacher: Path, layers: Sequence[int] | int, output: Path, trust_remote_code: bool = False) -> Path:
+    """Write the model that has only the given ``layers`` (from 0, rising) of ``teacher``, with its tokenizer.
+
+    Streams file by file: at most one file of the teacher's weights is in memory.
+
+    Raises:
+        UserError: a layer that does not exist, or a teacher without safetensors.
+    """
+    config = load_config(teacher, trust_remote_code)
+    total = config.num_hidden_layers
+    kept = every_kth(total, layers) if isinstance(layers, int) else tuple(layers)
+    bad = [layer for layer in kept if not 0 <= layer < total]
+    if bad or not kept or list(kept) != sorted(set(kept)):
+        raise UserError(
+            f"student.teacher_layers: {' '.join(map(str, kept))}: must be rising, from 0 to {total - 1} ({teacher})"
+        )
+    files = sorted(teacher.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{teacher}: cutting layers needs weights in safetensors; save_pretrained writes them")
+    pattern = _layer_pattern(config)
+    renumbered = {old: new for new, old in enumerate(kept)}
+
+    def rename(name: str) -> str | None:
+        found = pattern.search(name)
+        if found is None:
+            return name
+        new = renumbered.get(int(found.group(2)))
+        return None if new is None else f"{name[: found.start(2)]}{new}{name[found.end(2) :]}"
+
+    with _new_folder(output) as folder:
+        weight_map: dict[str, str] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                renames = {name: new for name in tensors.keys() if (new := rename(name)) is not None}  # noqa: SIM118
+                if renames:
+                    save_file({new: tensors.get_tensor(n) for n, new in renames.items()}, folder / file.name, _METADATA)
+            weight_map |= dict.fromkeys(renames.values(), file.name)
+        _write_index(folder, weight_map)
+        _cut_config(config, kept).save_pretrained(folder)
+        copy_tokenizer(teacher, folder)
+    return output
+
+
+def random_student(config_path: Path, seed: int, tokenizer_from: Path, output: Path) -> Path:
+    """Write a model with random weights (float32, ``seed``) by a config.json, with the teacher's tokenizer."""
+    folder = config_path.parent if config_path.name == "config.json" else config_path
+    config = load_config(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with _new_folder(output) as folder:
+        model.save_pretrained(folder)
+        copy_tokenizer(tokenizer_from, folder)
+    return output
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files that make up a tokenizer (and the generation settings), those there are."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+_METADATA = {"format": "pt"}
+
+
+class _new_folder:  # noqa: N801 - reads as a statement
+    """A folder that appears whole or not at all: filled under a temporary name, then renamed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.temporary.rename(self.path)
+            fsync_directory(self.path.parent)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def _layer_pattern(config: PretrainedConfig) -> re.Pattern[str]:
+    """Matches a decoder layer's tensor name; group 2 is the layer's number.
+
+    Only the list's own name is matched ("h", "layers"), as base-model checkpoints lack the prefix before it.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    list_name = decoder_layers_named(skeleton)[0].rpartition(".")[2]
+    return re.compile(rf"(^|\.){re.escape(list_name)}\.(\d+)\.")
+
+
+def _cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    cut = copy.deepcopy(config)
+    total = config.num_hidden_layers
+    per_layer: Any = getattr(config, "layer_types", None)
+    if isinstance(per_layer, list) and len(per_layer) == total:
+        cut.layer_types = [per_layer[i] for i in kept]
+    cut.num_hidden_layers = len(kept)
+    if getattr(cut, "max_window_layers", None) is not None:
+        cut.max_window_layers = min(cut.max_window_layers, len(kept))
+    return cut
+
+
+def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    """The sharded checkpoint's index, or the plain name where one file holds everything."""
+    names = sorted(set(weight_map.values()))
+    if len(names) == 1:
+        (folder / names[0]).rename(folder / "model.safetensors")
+        return
+    import json
+
+    size = sum((folder / name).stat().st_size for name in names)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))

@@ -1,0 +1,202 @@
+"""Load tokenizers and causal language models from local folders, strictly, whole or into ZeRO-3 partitions.
+
+transformers re-initialises whatever a checkpoint lacks and only logs it; a distillation run would then train against
+noise for days. Here a missing, surplus or mismatched tensor is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import model_validator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.integrations import HfDeepSpeedConfig
+
+from mta_ds.config import Section
+from mta_ds.errors import UserError
+
+Dtype = Literal["float32", "bfloat16"]
+
+# Models that transform logits after the head: the divergence is computed from hidden states and heads alone.
+_LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+class TeacherConfig(Section):
+    """The frozen model to distil from."""
+
+    path: str
+    """A Hugging Face model folder (or a hub name, where the machine reaches the hub)."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON for the teacher's engine; the default partitions it under ZeRO-3 with DeepSpeed's own sizes."""
+    trust_remote_code: bool = False
+
+
+class StudentConfig(Section):
+    """The model to train: exactly one of ``path``, ``config`` and ``teacher_layers`` says where it comes from."""
+
+    path: str | None = None
+    """A Hugging Face model folder (or hub name)."""
+    config: Path | None = None
+    """A model's config.json: its weights are drawn at random (seed ``train.seed``)."""
+    teacher_layers: tuple[int, ...] | int | None = None
+    """Layers (from 0) of the teacher that the student starts from, or k for every k-th counted down from the top."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON for the student's engine (ZeRO stage 1, 2 or 3); the default is ZeRO-3."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentConfig:
+        given = [n for n in ("path", "config", "teacher_layers") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, config, teacher_layers; found {' and '.join(given) or 'none'}")
+        return self
+
+
+def resolve_model(path: str) -> Path:
+    """The local folder of a model: ``path`` itself, or a hub name's cached or downloaded snapshot.
+
+    Raises:
+        UserError: no such folder, and the hub does not give it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or path.count("/") != 1 or path.startswith("."):
+        raise UserError(f"{path}: no such model folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no such model folder, and the hub does not give it ({reason})") from None
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config; UserError if the folder has none or it is not a text model's."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: not a model folder, it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}/config.json: {_one_line(error)}") from None
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """A fast tokenizer with a padding token (EOS where it has none of its own).
+
+    Raises:
+        UserError: no tokenizer in the folder, or one without character offsets (a slow tokenizer).
+    """
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+        raise UserError(f"{path}: cannot load the tokenizer: {_one_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: a slow tokenizer has no character offsets, spans need them; save a fast one there")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token; responses could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(
+    path: Path, dtype: Dtype, deepspeed_config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model and insist that every tensor of model and checkpoint met its counterpart.
+
+    Args:
+        path: a model folder with weights in safetensors (or a ``.bin`` that loads with ``weights_only``).
+        dtype: of the parameters; under ZeRO-3 the DeepSpeed config's precision decides and must say the same.
+        deepspeed_config: if it is stage 3, parameters are partitioned as they load and no rank holds a full copy.
+
+    Raises:
+        UserError: no weights; a tensor missing, surplus or of another shape; a model whose logits are not its head's
+            plain product.
+    """
+    load_config(path, trust_remote_code)
+    with _zero3_loading(deepspeed_config), _quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{path}: cannot load the weights: {_one_line(error)}") from None
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if keys := sorted(map(str, info.get(problem) or ())):
+            what = problem.partition("_")[0]
+            raise UserError(
+                f"{path}: weights do not match the model: {len(keys)} {what} (first: {keys[0]}); "
+                "check that config.json belongs to these weights"
+            )
+    _refuse_transformed_logits(path, model)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def output_head(model: PreTrainedModel) -> nn.Parameter:
+    """The LM head's weight [vocabulary, hidden]; logits are its plain product with the final hidden state."""
+    return model.get_output_embeddings().weight  # type: ignore[no-any-return]
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Number of ids the tokenizer can emit: models pad their heads beyond it, and those rows mean nothing."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+@contextlib.contextmanager
+def _zero3_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """While open, ``from_pretrained`` partitions parameters as they load (transformers looks for a live config)."""
+    is_stage3 = deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
+    # transformers keeps only a weak reference, and one for the whole process: alive exactly for this load, else the
+    # other model of the run would be partitioned by the wrong settings, or not at all.
+    live = HfDeepSpeedConfig(deepspeed_config) if is_stage3 else None
+    try:
+        yield
+    finally:
+        del live
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the load report (we raise on what it would tell) and the progress bar, one of each per rank."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _refuse_transformed_logits(path: Path, model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{path}: {type(model).__name__} has no LM head; a causal language model is needed")
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"{path}: the LM head of {type(model).__name__} has a bias; not supported")
+    for name, neutral in _LOGIT_TRANSFORMS.items():
+        if getattr(model.config, name, neutral) not in (None, neutral):
+            raise UserError(f"{path}: {type(model).__name__} transforms its logits ({name}); not supported")
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence of a library's message, without its line breaks."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

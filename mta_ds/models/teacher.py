@@ -1,0 +1,98 @@
+"""The streaming teacher: a frozen model partitioned under ZeRO-3 that hands out each key layer's state and keeps none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from mta_ds.models.body import CausalBody, truncate
+from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained, resolve_model
+from mta_ds.models.zero import teacher_config
+
+if TYPE_CHECKING:
+    from mta_ds.data import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class StreamingTeacher:
+    """A forward pass of the teacher that calls back at each key layer.
+
+    Not a module on purpose: registered inside the student's engine, its parameters would be optimised, saved and
+    partitioned a second time.
+    """
+
+    def __init__(self, engine: Any, body: CausalBody) -> None:
+        self._engine = engine
+        self._body = body
+
+    @torch.no_grad()
+    def run(self, batch: Batch, on_key_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Run the batch; returns the final hidden state [n, d_T] of the n valid tokens.
+
+        Args:
+            on_key_layer: called with (layer number, hidden state [n, d_T]) as each key layer emits, lowest first.
+        """
+
+        def hand_out(layer: int, hidden: Tensor) -> None:
+            if on_key_layer is not None:
+                on_key_layer(layer, ragged(hidden, batch.valid))
+
+        final = self._engine(batch.input_ids, batch.attention_mask, on_layer=hand_out)
+        return ragged(final, batch.valid)
+
+    @contextmanager
+    def gathered_head(self) -> Iterator[Tensor]:
+        """The LM head's weight [vocabulary, d_T], whole on every rank while the block runs."""
+        with gathered([self._body.head]):
+            yield self._body.head.data
+
+
+def ragged(hidden: Tensor, valid: Tensor) -> Tensor:
+    """[B, T, d] -> [n, d]: the valid tokens of a padded batch, sequence after sequence."""
+    return hidden.flatten(0, 1).index_select(0, valid)
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters on every rank while the block runs, for reading, whatever the ZeRO stage."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+def load_teacher(
+    config: TeacherConfig, dtype: Dtype, micro_batch_size: int, key_layers: Sequence[int], needs_final: bool
+) -> StreamingTeacher:
+    """Load the teacher into ZeRO-3 partitions and wrap it in its engine; torch.distributed must be initialised.
+
+    Args:
+        key_layers: teacher layers that are handed out, in transformers' numbering.
+        needs_final: whether the final state (for the divergence) is needed; if not, the teacher is cut after the last
+            key layer.
+    """
+    engine_config = teacher_config(config.deepspeed, dtype, micro_batch_size)
+    model = load_pretrained(resolve_model(config.path), dtype, engine_config, config.trust_remote_code)
+    model.requires_grad_(False)
+    model.eval()
+    if not needs_final:
+        truncate(model, max(key_layers))
+    _mark_expert_blocks(model)
+    body = CausalBody(model, key_layers)
+    engine, *_ = deepspeed.initialize(model=body, config=engine_config)
+    engine.eval()
+    body.register_taps()
+    return StreamingTeacher(engine, body)
+
+
+def _mark_expert_blocks(model: nn.Module) -> None:
+    """Let ZeRO-3 fetch a mixture-of-experts block as one: ranks route to different experts and would deadlock."""
+    blocks = {type(m) for m in model.modules() if isinstance(getattr(m, "experts", None), nn.ModuleList)}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))

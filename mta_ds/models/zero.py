@@ -1,0 +1,90 @@
+"""DeepSpeed configurations: the user's plain JSON (or the default), completed with what the run's YAML decides."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from mta_ds.errors import UsageError
+from mta_ds.models.loading import Dtype
+
+# Buckets far below DeepSpeed's 5e8 elements, which alone are 1 GB a buffer in half precision.
+DEFAULT: dict[str, Any] = {
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_param_persistence_threshold": 100_000,
+    }
+}
+
+# What the YAML owns; a JSON that says it too could only disagree.
+_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+)
+
+
+def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
+    """A DeepSpeed JSON as written, or the default.
+
+    Raises:
+        UsageError: no such file, bad JSON, or a key that the run's YAML owns.
+    """
+    if path is None:
+        return copy.deepcopy(DEFAULT)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the DeepSpeed config: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from None
+    for key in _OWNED:
+        if config.get(key, "auto") != "auto":
+            raise UsageError(f"{path}: '{key}' is set by the run's YAML (section train); remove it or write \"auto\"")
+        config.pop(key, None)
+    return config
+
+
+def student_config(
+    path: Path | None,
+    dtype: Dtype,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    world_size: int,
+    gradient_clipping: float,
+) -> dict[str, Any]:
+    """The student engine's configuration; ZeRO stage 1, 2 or 3."""
+    config = read_deepspeed_config(path)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UsageError(f"{path}: zero_optimization.stage is {stage}; the student runs under stage 1, 2 or 3")
+    return config | _precision(dtype) | {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
+        "gradient_clipping": gradient_clipping,
+    }
+
+
+def teacher_config(path: Path | None, dtype: Dtype, micro_batch_size: int) -> dict[str, Any]:
+    """The frozen teacher engine's configuration; DeepSpeed partitions a model without optimizer under stage 3 only."""
+    config = read_deepspeed_config(path)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise UsageError(f"{path}: zero_optimization.stage is {stage}; a frozen teacher runs under stage 3 only")
+    return config | _precision(dtype) | {"train_micro_batch_size_per_gpu": micro_batch_size}
+
+
+def _precision(dtype: Dtype) -> dict[str, Any]:
+    return {"bf16": {"enabled": dtype == "bfloat16"}}
