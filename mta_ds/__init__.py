@@ -1,0 +1,1 @@
+"""mta_ds: distil large language models with Multi-Granular Trajectory Alignment at DeepSpeed scale."""

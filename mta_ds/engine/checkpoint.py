@@ -100,7 +100,9 @@ def load(engine: Any, folder: Path) -> None:
     """Restore student, projections, optimizer and this rank's random state from a checkpoint found valid."""
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
-        raise UserError(f"{folder}: DeepSpeed cannot load the checkpoint; remove the folder to resume from an older one")
+        raise UserError(
+            f"{folder}: DeepSpeed cannot load the checkpoint; remove the folder to resume from an older one"
+        )
     state = load_file(folder / f"rng-{distributed.rank():05d}.safetensors")
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:

@@ -14,13 +14,14 @@ from mta_ds.models.loading import (
     resolve_model,
     vocabulary_size,
 )
-from mta_ds.models.teacher import StreamingTeacher, gathered, load_teacher, ragged
+from mta_ds.models.teacher import PaddedBatch, StreamingTeacher, gathered, load_teacher, ragged
 from mta_ds.models.zero import student_config, teacher_config
 
 __all__ = [
     "CausalBody",
     "Dtype",
     "KeyLayer",
+    "PaddedBatch",
     "StreamingTeacher",
     "StudentConfig",
     "TeacherConfig",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -15,10 +14,19 @@ from mta_ds.models.body import CausalBody, truncate
 from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained, resolve_model
 from mta_ds.models.zero import teacher_config
 
-if TYPE_CHECKING:
-    from mta_ds.data import Batch
 
-logger = logging.getLogger(__name__)
+class PaddedBatch(Protocol):
+    """What a model needs of a batch."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def attention_mask(self) -> Tensor: ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Indices of the valid tokens in the flattened [B * T]."""
 
 
 class StreamingTeacher:
@@ -33,7 +41,7 @@ class StreamingTeacher:
         self._body = body
 
     @torch.no_grad()
-    def run(self, batch: Batch, on_key_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def run(self, batch: PaddedBatch, on_key_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Run the batch; returns the final hidden state [n, d_T] of the n valid tokens.
 
         Args:

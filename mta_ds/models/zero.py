@@ -69,12 +69,16 @@ def student_config(
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise UsageError(f"{path}: zero_optimization.stage is {stage}; the student runs under stage 1, 2 or 3")
-    return config | _precision(dtype) | {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
-        "gradient_clipping": gradient_clipping,
-    }
+    return (
+        config
+        | _precision(dtype)
+        | {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
+            "gradient_clipping": gradient_clipping,
+        }
+    )
 
 
 def teacher_config(path: Path | None, dtype: Dtype, micro_batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,279 @@
+"""Build everything a run needs out of its configuration, in the order DeepSpeed wants it: student first, then teacher."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import nn
+
+from mta_ds.data import EncodedDataset, StepLoader, build_dataset
+from mta_ds.engine import distributed
+from mta_ds.engine.config import RunConfig, TrainConfig
+from mta_ds.engine.distiller import Distiller
+from mta_ds.errors import UsageError, UserError
+from mta_ds.losses import MTAConfig, make_divergence
+from mta_ds.models import (
+    KeyLayer,
+    StreamingTeacher,
+    cut_layers,
+    load_config,
+    load_pretrained,
+    load_teacher,
+    load_tokenizer,
+    random_student,
+    resolve_key_layers,
+    resolve_model,
+    student_config,
+    vocabulary_size,
+)
+from mta_ds.models.loading import Tokenizer
+from mta_ds.models.zero import read_deepspeed_config
+from mta_ds.spans.store import SpanStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two models of a run as folders, before any weight is loaded."""
+
+    teacher_dir: Path
+    student_dir: Path
+    tokenizer: Tokenizer
+    vocab_size: int
+    key_layers: tuple[KeyLayer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run ready to step."""
+
+    config: RunConfig
+    pair: Pair
+    engine: Any
+    """DeepSpeed's engine around a :class:`Distiller`."""
+    teacher: StreamingTeacher | None
+    train: EncodedDataset
+    validation: EncodedDataset | None
+    loader: StepLoader
+    num_steps: int
+    zero_stage: int
+
+    @property
+    def distiller(self) -> Distiller:
+        return self.engine.module  # type: ignore[no-any-return]
+
+
+def prepare_pair(config: RunConfig) -> Pair:
+    """Resolve both models, make the student's starting folder if need be, and check that they fit each other.
+
+    Raises:
+        UserError: a folder is missing, the vocabularies or EOS differ, or a key layer does not exist.
+    """
+    teacher_dir = resolve_model(config.teacher.path)
+    student_dir = distributed.on_rank_zero_first(lambda: student_folder(config, teacher_dir))
+    tokenizer = load_tokenizer(student_dir, config.student.trust_remote_code)
+    check_same_vocabulary(tokenizer, load_tokenizer(teacher_dir, config.teacher.trust_remote_code), config)
+    vocab_size = vocabulary_size(tokenizer)
+    teacher, student = load_config(teacher_dir), load_config(student_dir)
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model.vocab_size < vocab_size:
+            raise UserError(f"{name}: the model has {model.vocab_size} embeddings, its tokenizer {vocab_size} ids")
+    return Pair(
+        teacher_dir,
+        student_dir,
+        tokenizer,
+        vocab_size,
+        key_layers(config.mta, student.num_hidden_layers, teacher.num_hidden_layers),
+    )
+
+
+def prepare(config: RunConfig) -> Run:
+    """Load data and models, partition them, and wrap both in their engines; torch.distributed must be initialised."""
+    set_seed(config.train.seed)
+    pair = prepare_pair(config)
+    train, validation = load_data(config, pair.tokenizer)
+    loader = StepLoader(
+        train,
+        pad_id=pad_id(pair.tokenizer),
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    engine = make_student_engine(config, pair)
+    teacher = make_teacher(config, pair)
+    set_seed(config.train.seed + distributed.rank())
+    return Run(
+        config,
+        pair,
+        engine,
+        teacher,
+        train,
+        validation,
+        loader,
+        num_steps=number_of_steps(config.train, len(train), distributed.world_size()),
+        zero_stage=engine.zero_optimization_stage(),
+    )
+
+
+def student_folder(config: RunConfig, teacher_dir: Path) -> Path:
+    """The folder the student starts from; a cut or random student is made in the run folder, once."""
+    source = config.student
+    if source.path is not None:
+        return resolve_model(source.path)
+    output = config.run_dir / "student_init"
+    if output.is_dir():
+        return output
+    if source.config is not None:
+        if not source.config.exists():
+            raise UserError(f"student.config: {source.config}: no such file")
+        return random_student(source.config, config.train.seed, teacher_dir, output)
+    assert source.teacher_layers is not None  # StudentConfig holds exactly one source
+    return cut_layers(teacher_dir, source.teacher_layers, output, config.teacher.trust_remote_code)
+
+
+def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, config: RunConfig) -> None:
+    """Token-level losses compare ids, so both tokenizers must give every id the same meaning."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))
+        raise UserError(
+            f"teacher and student vocabularies differ ({len(theirs)} and {len(ours)} tokens; first difference: "
+            f"{differing[0]!r}); distil between models of one tokenizer"
+        )
+    for name in ("eos_token_id", "bos_token_id"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise UserError(
+                f"teacher and student tokenizers disagree on {name}: "
+                f"{getattr(teacher, name)} and {getattr(student, name)}; make them equal in tokenizer_config.json"
+            )
+
+
+def key_layers(mta: MTAConfig | None, num_student_layers: int, num_teacher_layers: int) -> tuple[KeyLayer, ...]:
+    """The key layers that a configuration chooses, none with MTA off."""
+    if mta is None:
+        return ()
+    return resolve_key_layers(
+        num_student_layers,
+        num_teacher_layers,
+        student_layers=mta.student_layers,
+        teacher_layers=mta.teacher_layers,
+        num_layers=mta.num_layers,
+        stride=mta.stride,
+        num_word_layers=mta.num_word_layers,
+    )
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Training and validation sets, encoded by rank 0 into memory-mapped files that every rank opens."""
+    data = config.data
+    if not data.train:
+        raise UsageError("data.train: no training records are named")
+    store = distributed.on_rank_zero_first(lambda: SpanStore.open(data.spans)) if config.mta and data.spans else None
+
+    def build(inputs: tuple[str, ...]) -> EncodedDataset:
+        cache = config.run_dir / "cache"
+        return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache))
+
+    return build(data.train), build(data.validation) if data.validation else None
+
+
+def make_student_engine(config: RunConfig, pair: Pair) -> Any:
+    """Student and projections in one module under one engine, so that one backward and one step serve both."""
+    train = config.train
+    engine_config = student_config(
+        config.student.deepspeed,
+        train.dtype,
+        train.micro_batch_size,
+        train.gradient_accumulation_steps,
+        distributed.world_size(),
+        train.gradient_clipping,
+    )
+    model = load_pretrained(pair.student_dir, train.dtype, engine_config, config.student.trust_remote_code)
+    if not train.dropout:
+        switch_dropout_off(model)
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher_hidden_size = load_config(pair.teacher_dir).hidden_size
+    distiller = Distiller(
+        model, teacher_hidden_size, pair.key_layers, config.mta, make_divergence(config.loss, pair.vocab_size)
+    )
+    distiller.to(getattr(torch, train.dtype))
+    optimizer = torch.optim.AdamW(parameter_groups(distiller, config), betas=train.betas)
+    engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=engine_config)
+    distiller.register_taps()
+    return engine
+
+
+def make_teacher(config: RunConfig, pair: Pair) -> StreamingTeacher | None:
+    """The teacher's engine, or None for a run that reads neither its logits nor its layers (plain SFT)."""
+    needs_final = make_divergence(config.loss, pair.vocab_size).needs_teacher or bool(config.data.validation)
+    if not needs_final and not pair.key_layers:
+        return None
+    layers = [layer.teacher for layer in pair.key_layers]
+    return load_teacher(config.teacher, config.train.dtype, config.train.micro_batch_size, layers, needs_final)
+
+
+def parameter_groups(distiller: Distiller, config: RunConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: the student's matrices with weight decay, its vectors without, the projections at their own rate.
+
+    ``peak_lr`` stays in each group: the schedule multiplies it, so that resuming needs no scheduler state.
+    """
+    student = [p for p in distiller.student.parameters() if p.requires_grad]
+    matrices = [p for p in student if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in student if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    decay, lr = config.train.weight_decay, config.train.lr
+    projection_lr = config.mta.projection_lr if config.mta else lr
+    groups: Iterable[tuple[list[nn.Parameter], float, float]] = (
+        (matrices, lr, decay),
+        (vectors, lr, 0.0),
+        (list(distiller.projections.parameters()), projection_lr, decay),
+    )
+    return [{"params": p, "lr": rate, "peak_lr": rate, "weight_decay": wd} for p, rate, wd in groups if p]
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set every dropout to zero in the modules, not in the config, which the export keeps as it was."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def number_of_steps(train: TrainConfig, num_records: int, world_size: int) -> int:
+    """Optimizer steps of the run."""
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None  # TrainConfig holds one of the two
+    per_step = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    return max(1, round(train.epochs * num_records / per_step))
+
+
+def student_zero_stage(config: RunConfig) -> int:
+    """The student's ZeRO stage, from its DeepSpeed JSON."""
+    return int(read_deepspeed_config(config.student.deepspeed)["zero_optimization"]["stage"])
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills up a batch; masked everywhere, so its meaning is nothing."""
+    assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer sees to it
+    return tokenizer.pad_token_id
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
