@@ -49,7 +49,8 @@ def train(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks =
     if nproc is not None:
         _launch("train", config, overrides, nproc)
     from mta_ds.config import load
-    from mta_ds.engine import RunConfig, train as run
+    from mta_ds.engine import RunConfig
+    from mta_ds.engine import train as run
 
     finished = run(load(config, RunConfig, overrides or ()))
     sys.exit(0 if finished else 75)
@@ -59,7 +60,8 @@ def train(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks =
 def check(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Check a run before a GPU hour is spent: models, vocabularies, key layers, spans; print the plan."""
     from mta_ds.config import load
-    from mta_ds.engine import RunConfig, check as run
+    from mta_ds.engine import RunConfig
+    from mta_ds.engine import check as run
 
     run(load(config, RunConfig, overrides or ()))
 

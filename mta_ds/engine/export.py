@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mta_ds.engine import distributed
-from mta_ds.files import fsync_directory, fsync_file
+from mta_ds.files import atomic_folder
 from mta_ds.models import copy_tokenizer, gathered
 
 
@@ -22,19 +21,9 @@ def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
     """
     weights = _gather_state(model)
     if distributed.rank() == 0:
-        temporary = output.with_name(f".{output.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        copy_tokenizer(tokenizer_from, temporary)
-        for file in temporary.iterdir():
-            fsync_file(file)
-        old = output.with_name(f".{output.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
-        temporary.rename(output)
-        fsync_directory(output.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with atomic_folder(output) as folder:
+            model.save_pretrained(folder, state_dict=weights)
+            copy_tokenizer(tokenizer_from, folder)
     distributed.barrier()
 
 

@@ -1,4 +1,4 @@
-"""Build everything a run needs out of its configuration, in the order DeepSpeed wants it: student first, then teacher."""
+"""Build all that a run needs from its configuration, in the order DeepSpeed wants it: student first, then teacher."""
 
 from __future__ import annotations
 

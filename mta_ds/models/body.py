@@ -53,7 +53,7 @@ class CausalBody(nn.Module):
             input_ids, attention_mask: int64 [B, T].
             on_layer: must not raise: an exception inside a ZeRO-3 forward leaves the engine unusable.
         """
-        # A body shared between calls can hold only one sink; recomputation in backward finds none and hands out nothing.
+        # One sink at a time, none outside a forward: recomputation in backward finds nobody to hand out to.
         self._on_layer = on_layer
         try:
             output = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)

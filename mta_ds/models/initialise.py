@@ -6,6 +6,7 @@ Every student is then loaded from a folder by the one strict, partitioned path, 
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,14 +19,21 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mta_ds.errors import UserError
-from mta_ds.files import fsync_directory, write_atomic
+from mta_ds.files import atomic_folder, write_atomic
 from mta_ds.models.body import decoder_layers_named
 from mta_ds.models.loading import load_config
 
 _TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja vocab.json merges.txt "
-    "tokenizer.model added_tokens.json generation_config.json"
-).split()
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
 
 
 def every_kth(num_layers: int, k: int) -> tuple[int, ...]:
@@ -64,7 +72,7 @@ def cut_layers(teacher: Path, layers: Sequence[int] | int, output: Path, trust_r
         new = renumbered.get(int(found.group(2)))
         return None if new is None else f"{name[: found.start(2)]}{new}{name[found.end(2) :]}"
 
-    with _new_folder(output) as folder:
+    with atomic_folder(output) as folder:
         weight_map: dict[str, str] = {}
         for file in files:
             with safe_open(file, framework="pt") as tensors:
@@ -85,7 +93,7 @@ def random_student(config_path: Path, seed: int, tokenizer_from: Path, output: P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with _new_folder(output) as folder:
+    with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(tokenizer_from, folder)
     return output
@@ -99,27 +107,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 _METADATA = {"format": "pt"}
-
-
-class _new_folder:  # noqa: N801 - reads as a statement
-    """A folder that appears whole or not at all: filled under a temporary name, then renamed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.temporary.rename(self.path)
-            fsync_directory(self.path.parent)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def _layer_pattern(config: PretrainedConfig) -> re.Pattern[str]:
@@ -151,8 +138,6 @@ def _write_index(folder: Path, weight_map: dict[str, str]) -> None:
     if len(names) == 1:
         (folder / names[0]).rename(folder / "model.safetensors")
         return
-    import json
-
     size = sum((folder / name).stat().st_size for name in names)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -76,5 +77,5 @@ def _check(side: str, layers: tuple[int, ...], num_layers: int) -> None:
                 f"mta: {side} layer {layer} does not exist, the {side} has layers 1 to {num_layers} "
                 f"(chosen: {' '.join(map(str, layers))})"
             )
-    if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+    if not layers or any(a >= b for a, b in itertools.pairwise(layers)):
         raise UsageError(f"mta: {side} layers must be one or more, in rising order: {' '.join(map(str, layers))}")

@@ -157,7 +157,8 @@ def output_head(model: PreTrainedModel) -> nn.Parameter:
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Number of ids the tokenizer can emit: models pad their heads beyond it, and those rows mean nothing."""
-    return max(tokenizer.get_vocab().values()) + 1
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return max(ids.values()) + 1
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The streaming teacher: a frozen model partitioned under ZeRO-3 that hands out each key layer's state and keeps none."""
+"""The streaming teacher: a frozen model in ZeRO-3 partitions that hands out each key layer's state and keeps none."""
 
 from __future__ import annotations
 

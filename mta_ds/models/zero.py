@@ -44,7 +44,7 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
     if path is None:
         return copy.deepcopy(DEFAULT)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot read the DeepSpeed config: {error.strerror}") from None
     except ValueError as error:

@@ -1,0 +1,50 @@
+"""Atomic writes: the old content or the new, whatever happens in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mta_ds.files import atomic_folder, atomic_path, belongs_to_shard, sha256, write_atomic
+
+
+def test_write_replaces_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    write_atomic(path, "old")
+    write_atomic(path, "ünew")
+    assert path.read_bytes() == "ünew".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("one", "two"):
+        with atomic_folder(path) as folder:
+            (folder / content).write_text(content)
+            assert not (path / content).exists()
+        assert [p.name for p in path.iterdir()] == [content]
+    with pytest.raises(RuntimeError), atomic_folder(path) as folder:
+        raise RuntimeError
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sha256_of_known_content(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_every_item_belongs_to_one_shard() -> None:
+    owners = [[i for i in range(3) if belongs_to_shard(n, 3, i)] for n in range(10)]
+    assert owners == [[n % 3] for n in range(10)]
