@@ -59,6 +59,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                # some writers create files for their owner alone; a folder that others read must not depend on which
+                file.chmod(0o666 & ~_umask())
                 fsync_file(file)
         fsync_directory(temporary)
         if path.exists():
@@ -68,6 +70,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -36,6 +36,18 @@ class MetricsLog:
         for name, value in (metrics | {f"perf/{k}": v for k, v in perf.items()}).items():
             self._board.add_scalar(name, value, step)
 
+    def announce(self, step: int, num_steps: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
+        """One line for whoever watches the job."""
+        self.say(
+            f"step {step}/{num_steps}  loss {metrics['loss']:.4f}  base {metrics['base']:.4f}  "
+            f"dsa {metrics.get('dsa', 0.0):.4f}  hid {metrics.get('hid', 0.0):.4f}  "
+            f"{perf['seconds']:.2f} s  {perf['tokens_per_second']:.0f} tokens/s"
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line at once, also into a batch log."""
+        print(line, flush=True)
+
     def close(self) -> None:
         """Flush and close all three logs."""
         self._metrics.close()

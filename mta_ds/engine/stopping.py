@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import time
 
-import torch
-
 from mta_ds.engine import distributed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -26,8 +24,7 @@ class StopWatch:
     def agreed(self) -> bool:
         """Whether any rank wants to stop; every rank must ask at the same step."""
         mine = self._signalled or time.monotonic() > self._deadline
-        flag = torch.tensor(float(mine), device=distributed.device())
-        return bool(distributed.all_reduce_sum(flag) > 0)
+        return distributed.sum_counts([int(mine)])[0] > 0
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

@@ -1,0 +1,7 @@
+"""The training stage: DeepSpeed set-up, the step, checkpoints, metrics, validation, export."""
+
+from mta_ds.engine.check import check
+from mta_ds.engine.config import RunConfig, TrainConfig
+from mta_ds.engine.train import train
+
+__all__ = ["RunConfig", "TrainConfig", "check", "train"]

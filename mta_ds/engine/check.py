@@ -1,0 +1,114 @@
+"""``mta-ds check``: everything about a run that can be known before a GPU hour is spent, in one table."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from mta_ds.data import DatasetSummary
+from mta_ds.engine.config import RunConfig
+from mta_ds.engine.setup import Pair, load_data, number_of_steps, prepare_pair, student_zero_stage
+from mta_ds.losses import describe, make_divergence
+from mta_ds.models import count_parameters, load_config
+from mta_ds.models.zero import read_deepspeed_config
+
+Rows = list[tuple[str, str]]
+
+
+def check(config: RunConfig, world_size: int = 1) -> None:
+    """Validate models, tokenizers, key layers, span store and data of ``config`` and print the resolved plan.
+
+    Args:
+        world_size: the number of ranks to plan for.
+
+    Raises:
+        UserError: whatever would stop the run, in one line.
+    """
+    pair = prepare_pair(config)
+    student_zero_stage(config)
+    read_deepspeed_config(config.teacher.deepspeed)
+    train, validation = load_data(config, pair.tokenizer)
+    rows = [
+        *model_rows(pair),
+        *loss_rows(config, pair),
+        *data_rows("training", train.summary),
+        *(data_rows("validation", validation.summary) if validation else []),
+        *plan_rows(config, len(train), world_size),
+    ]
+    table = Table(title=f"Plan of {config.run_dir}", show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    # a batch log has no width of its own; a cell cut at 80 columns would hide what the table is for
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
+def model_rows(pair: Pair) -> Rows:
+    """Both models, their sizes, and that their vocabularies agree."""
+    rows: Rows = []
+    for name, folder in (("teacher", pair.teacher_dir), ("student", pair.student_dir)):
+        config = load_config(folder)
+        with torch.device("meta"):
+            parameters = count_parameters(AutoModelForCausalLM.from_config(config))
+        rows.append(
+            (
+                name,
+                f"{folder}: {config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
+                f"{parameters / 1e6:.1f} M parameters",
+            )
+        )
+    tokenizer = pair.tokenizer
+    rows.append(
+        ("vocabulary", f"equal, {pair.vocab_size} ids; EOS {tokenizer.eos_token!r}, BOS {tokenizer.bos_token!r}")
+    )
+    return rows
+
+
+def loss_rows(config: RunConfig, pair: Pair) -> Rows:
+    """What is optimised, and which layers are aligned."""
+    rows: Rows = [("base loss", describe(make_divergence(config.loss, pair.vocab_size)))]
+    if config.mta is None:
+        return [*rows, ("MTA", "off")]
+    mta = config.mta
+    rows.append(("MTA", f"{mta.lambda_dsa:g} DSA + {mta.lambda_hid:g} Hid, reduction {mta.reduction}"))
+    pairs = ", ".join(f"{k.student} ← {k.teacher} ({k.granularity}s)" for k in pair.key_layers)
+    return [*rows, ("key layers", f"student ← teacher: {pairs}")]
+
+
+def data_rows(name: str, summary: DatasetSummary) -> Rows:
+    """Size of a data set, and how much of it MTA can reach."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items()))
+    return [
+        (
+            f"{name} data",
+            f"{summary.records} records, {summary.tokens} tokens, {summary.label_tokens} with a label; "
+            f"left out: {dropped or 'none'}",
+        ),
+        (
+            f"{name} spans",
+            f"{_share(summary.with_spans, summary.records)} of the records have spans, "
+            f"which cover {_share(summary.covered_tokens, summary.tokens)} of the tokens",
+        ),
+    ]
+
+
+def plan_rows(config: RunConfig, num_records: int, world_size: int) -> Rows:
+    """Batch, steps and precision."""
+    train = config.train
+    global_batch = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    steps = number_of_steps(train, num_records, world_size)
+    return [
+        (
+            "batch",
+            f"{global_batch} sequences a step = {train.micro_batch_size} × {train.gradient_accumulation_steps} "
+            f"accumulated × {world_size} rank{'s' * (world_size != 1)}",
+        ),
+        ("steps", f"{steps}, {steps * global_batch / num_records:.2f} epochs, warm-up {train.warmup_steps}"),
+        ("precision", f"{train.dtype}, student ZeRO-{student_zero_stage(config)}, teacher ZeRO-3"),
+    ]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "none"

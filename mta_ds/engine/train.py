@@ -1,0 +1,168 @@
+"""The training stage: read :func:`train` from top to bottom, then :func:`train_step`.
+
+Run it with ``mta-ds train CONFIG --nproc N``, or the same without ``--nproc`` as a rank under torchrun or srun.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta_ds.config import dump
+from mta_ds.data import Batch
+from mta_ds.engine import checkpoint, distributed
+from mta_ds.engine.config import RunConfig, TrainConfig
+from mta_ds.engine.distiller import global_counts
+from mta_ds.engine.environment import describe_environment
+from mta_ds.engine.export import export
+from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
+from mta_ds.engine.setup import Run, prepare
+from mta_ds.engine.stopping import StopWatch
+from mta_ds.engine.validation import validate_run
+from mta_ds.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> bool:
+    """Distil the student of ``config``; resumes from the run folder's newest valid checkpoint.
+
+    Returns:
+        True when the last step is done and the student exported; False when a signal or the time limit stopped the
+        run first: it is saved, and the same call goes on with it.
+    """
+    distributed.initialise()
+    run = prepare(config)
+    step = resume(run)
+    log = open_log(run, step)
+    stop = StopWatch(config.train.max_minutes)
+    if step == 0:
+        validate_run(run, step, log)
+    for batches in steps(run, step):
+        step += 1
+        began = time.perf_counter()
+        metrics = train_step(run, step, batches)
+        if is_due(step, config.train.log_every, run.num_steps):
+            write_metrics(run, step, batches, metrics, time.perf_counter() - began, log)
+        stopping = stop.agreed()
+        if stopping or is_due(step, config.train.save_every, run.num_steps):
+            save(run, step)
+        if stopping:
+            break
+        if is_due(step, config.train.validate_every, run.num_steps):
+            validate_run(run, step, log)
+    finished = step >= run.num_steps
+    if finished:
+        export(run.distiller.student.model, run.pair.student_dir, config.run_dir / "export")
+    stop.close()
+    if log is not None:
+        log.close()
+    return finished
+
+
+def train_step(run: Run, step: int, batches: list[Batch]) -> dict[str, Tensor]:
+    """One optimizer step over this rank's micro-batches.
+
+    Returns:
+        This rank's share of every metric; their sum over ranks is the value of the whole step.
+    """
+    set_learning_rates(run, step)
+    counts = global_counts(batches)
+    shares: dict[str, Tensor] = {}
+    for batch, count in zip(batches, counts, strict=True):
+        loss, metrics = run.engine(batch.to(distributed.device()), run.teacher, count)
+        run.engine.backward(loss)
+        run.engine.step()
+        for name, value in metrics.items():
+            shares[name] = shares.get(name, 0) + value
+    return shares
+
+
+def steps(run: Run, done: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step that is left."""
+    run.loader.samples_consumed = done * samples_per_step(run)
+    for _, batches in zip(range(run.num_steps - done), run.loader, strict=False):
+        yield batches
+
+
+def samples_per_step(run: Run) -> int:
+    """Sequences of one optimizer step, over all ranks and micro-batches."""
+    train = run.config.train
+    return train.micro_batch_size * train.gradient_accumulation_steps * distributed.world_size()
+
+
+def set_learning_rates(run: Run, step: int) -> None:
+    """Give every group its peak rate times the schedule's factor for ``step`` (from 1): no state to save or lose."""
+    factor = schedule_factor(step, run.num_steps, run.config.train)
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def schedule_factor(step: int, num_steps: int, train: TrainConfig) -> float:
+    """Share of the peak rate at ``step`` (from 1): linear warm-up, then a half cosine down to ``min_lr_ratio``."""
+    if step <= train.warmup_steps:
+        return step / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    progress = (step - train.warmup_steps - 1) / max(1, num_steps - train.warmup_steps)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def is_due(step: int, every: int | None, num_steps: int) -> bool:
+    """Whether something that happens every so many steps, and after the last one, happens now."""
+    return step == num_steps or (every is not None and step % every == 0)
+
+
+def resume(run: Run) -> int:
+    """Restore the newest valid checkpoint, if there is one; returns the number of steps done."""
+    found = checkpoint.find_newest(run.config.run_dir / "checkpoints", run.config.training_hash(), run.zero_stage)
+    if found is None:
+        return 0
+    folder, progress = found
+    checkpoint.load(run.engine, folder)
+    logger.info("resumed from %s", folder)
+    return progress.step
+
+
+def save(run: Run, step: int) -> None:
+    """Write a checkpoint at this step boundary."""
+    progress = checkpoint.Progress(
+        step=step,
+        samples=run.loader.samples_consumed,
+        world_size=distributed.world_size(),
+        zero_stage=run.zero_stage,
+        config_hash=run.config.training_hash(),
+    )
+    checkpoint.save(run.engine, run.config.run_dir / "checkpoints", progress, run.config.train.keep_last)
+
+
+def open_log(run: Run, step: int) -> MetricsLog | None:
+    """Rank 0's log, cut back to ``step``; also writes down what is being run, and on what."""
+    if distributed.rank() != 0:
+        return None
+    run_dir = run.config.run_dir
+    write_atomic(run_dir / "config.yaml", dump(run.config))
+    write_atomic(run_dir / "environment.json", describe_environment())
+    return MetricsLog(run_dir, step)
+
+
+def write_metrics(
+    run: Run, step: int, batches: list[Batch], shares: dict[str, Tensor], seconds: float, log: MetricsLog | None
+) -> None:
+    """Sum every metric over ranks (every rank must call it) and log the step."""
+    tokens = distributed.sum_counts([sum(len(batch.valid) for batch in batches)])[0]
+    totals = distributed.all_reduce_sum(torch.stack([value.float() for value in shares.values()])).tolist()
+    if log is None:
+        return
+    metrics: dict[str, Any] = {"samples": run.loader.samples_consumed} | dict(zip(shares, totals, strict=True))
+    metrics["lr"] = run.engine.optimizer.param_groups[0]["lr"]
+    metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
+    perf = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes()}
+    log.write(step, metrics, perf)
+    log.announce(step, run.num_steps, metrics, perf)
