@@ -1,0 +1,195 @@
+"""Sentences to constituents: the parser protocol, Benepar behind it, and the fallback that knows words only.
+
+:func:`load_parser` gives the parser that a user names. :class:`BeneparParser` gives the trees of benepar's own
+``parse`` (``ChartParser.parse`` on the words as its spaCy component normalises them), but batches over all
+sentences it is handed, scores each fencepost once instead of each span, and decodes without autograd or trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mta_ds.spans.benepar_encode import Encoded, SentenceEncoder
+from mta_ds.spans.benepar_model import LoadedModel, annotate, fencepost_features, label_scores, load_model
+from mta_ds.spans.decode import Constituent, decode, span_fenceposts
+
+__all__ = ["BeneparParser", "Constituent", "Parse", "Parser", "Sentence", "WordsOnly", "load_parser"]
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "parser"
+WORDS_ONLY = "none"
+_ROOTS = frozenset({"ROOT", "TOP", "S1", "VROOT"})
+# Positions (sub-words with padding) of one encoder batch, and spans scored at once: what fits a CPU's caches.
+_BATCH_POSITIONS = 1024
+_CHUNK_SPANS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """Words as they stand in the text, none empty, and whether white space follows each."""
+
+    words: tuple[str, ...]
+    space_after: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.words) != len(self.space_after):
+            raise ValueError(f"space_after must have one value a word: {len(self.space_after)}, not {len(self.words)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Parse:
+    """One sentence's part-of-speech tags, one a word ("" where the parser has none), and constituents, sorted by
+    (start_word, -end_word)."""
+
+    tags: tuple[str, ...]
+    constituents: tuple[Constituent, ...]
+
+
+class Parser(Protocol):
+    """What the parse stage asks of a parser."""
+
+    @property
+    def name(self) -> str:
+        """Short, for manifests."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another fingerprint is another parser: its trees may differ."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that take part."""
+
+    def fits(self, sentence: Sentence) -> bool:
+        """Whether :meth:`parse` takes the sentence."""
+
+    def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
+        """Parse any number of sentences, each of which fits; results in their order."""
+
+
+def load_parser(spec: str | None) -> Parser:
+    """The parser a user names.
+
+    Args:
+        spec: None for the bundled model; "none" for words without constituents; else the path of a Benepar model:
+            a folder in ``benepar_en3``'s format or a single-file training checkpoint.
+
+    Raises:
+        UserError: nothing is at that path, or it is no Benepar model that can be loaded safely.
+    """
+    if spec == WORDS_ONLY:
+        return WordsOnly()
+    if spec is None:
+        return BeneparParser(load_model(BUNDLED)._replace(name="bundled"))
+    return BeneparParser(load_model(Path(spec)))
+
+
+class WordsOnly:
+    """Gives words and no constituents, for text that no parser fits; takes every sentence."""
+
+    name = WORDS_ONLY
+    fingerprint = WORDS_ONLY
+
+    def __init__(self) -> None:
+        self.versions: dict[str, str] = {}
+
+    def fits(self, sentence: Sentence) -> bool:
+        """Always true."""
+        return True
+
+    def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
+        """Empty tags and no constituents for every sentence."""
+        return [Parse(("",) * len(sentence.words), ()) for sentence in sentences]
+
+
+class BeneparParser:
+    """A Benepar chart parser (Kitaev, Cao and Klein 2019) on the CPU, in fp32."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model, self.name, self.fingerprint = loaded
+        packages = ("benepar", "torch", "transformers", "tokenizers")
+        self.versions: dict[str, str] = {package: version(package) for package in packages}
+        self._encoder = SentenceEncoder(self._model)
+        self._labels = _names(self._model.label_vocab)
+        self._labels = ["::".join(_without_roots(label.split("::"))) for label in self._labels]
+        self._tags = _names(self._model.tag_vocab) if self._model.f_tag is not None else None
+        self._force_root: bool = self._model.decoder.force_root_constituent
+
+    def fits(self, sentence: Sentence) -> bool:
+        """False over the encoder's limit, and where a word is nothing to the encoder (white space, zero width)."""
+        return self._encoder.fits(sentence.words, sentence.space_after)
+
+    def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
+        """Parse sentences that fit, in batches of like length; results in the order of ``sentences``."""
+        encoded = self._encoder.encode([(sentence.words, sentence.space_after) for sentence in sentences])
+        parses: list[Parse | None] = [None] * len(encoded)
+        for numbers in _batches([sentence.cost for sentence in encoded], _BATCH_POSITIONS):
+            found = self._parse_batch([encoded[number] for number in numbers])
+            for number, parse in zip(numbers, found, strict=True):
+                parses[number] = parse
+        return [parse for parse in parses if parse is not None]
+
+    @torch.inference_mode()
+    def _parse_batch(self, sentences: Sequence[Encoded]) -> list[Parse]:
+        lengths = np.array([len(sentence.words) for sentence in sentences], np.int64)
+        annotations = annotate(self._model, self._encoder.collate(sentences))
+        scores, labels = self._best_labels(annotations, lengths)
+        constituents = decode(scores.numpy(), labels.numpy(), lengths, self._labels)
+        tags = self._best_tags(annotations, lengths)
+        return [Parse(*pair) for pair in zip(tags, constituents, strict=True)]
+
+    def _best_labels(self, annotations: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Score and number of the best label of every chart cell, packed as decode.py says: [M] each."""
+        features = fencepost_features(self._model, annotations)
+        left, right = map(torch.from_numpy, span_fenceposts(lengths, features.shape[1]))
+        features = features.flatten(0, 1)
+        scores, labels = torch.empty(len(left)), torch.empty(len(left), dtype=torch.int64)
+        for first in range(0, len(left), _CHUNK_SPANS):
+            chunk = slice(first, first + _CHUNK_SPANS)
+            of_labels = label_scores(self._model, features[left[chunk]], features[right[chunk]])
+            torch.max(of_labels, 1, out=(scores[chunk], labels[chunk]))
+        labels += 1
+        # The empty label scores 0 and wins a tie, as the first of all; the whole sentence may have to bear a label.
+        empty = scores <= 0
+        if self._force_root:
+            cells = lengths * (lengths + 1) // 2
+            empty[torch.from_numpy(np.cumsum(cells) - cells + lengths - 1)] = False
+        return scores.masked_fill_(empty, 0), labels.masked_fill_(empty, 0)
+
+    def _best_tags(self, annotations: Tensor, lengths: np.ndarray) -> Iterator[tuple[str, ...]]:
+        if self._tags is None:
+            yield from (("",) * int(length) for length in lengths)
+            return
+        for row, length in zip(self._model.f_tag(annotations).argmax(-1).tolist(), lengths.tolist(), strict=True):
+            yield tuple(self._tags[tag] for tag in row[1 : length + 1])
+
+
+def _names(vocabulary: dict[str, int]) -> list[str]:
+    """Names by number; numbers that are not used have no name."""
+    names = [""] * (max(vocabulary.values()) + 1)
+    for name, number in vocabulary.items():
+        names[number] = name
+    return names
+
+
+def _without_roots(chain: list[str]) -> list[str]:
+    return [label for label in chain if label not in _ROOTS]
+
+
+def _batches(costs: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Numbers of items in order of cost, cut so that items x highest cost stays within ``budget`` (or one item)."""
+    batch: list[int] = []
+    for number in sorted(range(len(costs)), key=costs.__getitem__):
+        if batch and costs[number] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
