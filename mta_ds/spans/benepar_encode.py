@@ -7,6 +7,7 @@ text, and for each word the index of the sub-word whose vector stands for it.
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class SentenceEncoder:
     def __init__(self, model: ChartParser) -> None:
         self._retokenizer = model.retokenizer
         self._characters = model.char_encoder is not None
-        self._max_words = len(model.add_timing.timing_table) - 2 if model.encoder is not None else None
+        # The start and stop tokens take two of the positions.
+        self._max_words = len(model.add_timing.timing_table) - 2 if model.encoder is not None else sys.maxsize
         if not self._characters:
             self._tokenizer = self._retokenizer.tokenizer
             self._max_subwords = self._subword_limit(model)
@@ -49,11 +51,12 @@ class SentenceEncoder:
 
     def _subword_limit(self, model: ChartParser) -> int:
         """The smaller of the tokenizer's limit and the encoder's positions."""
-        limits = [
-            self._tokenizer.model_max_length,
-            getattr(model.pretrained_model.config, "max_position_embeddings", 0),
-        ]
-        return int(min(limit for limit in limits if limit))
+        limit: int = self._tokenizer.model_max_length
+        positions = getattr(model.pretrained_model.config, "max_position_embeddings", None)
+        table = getattr(getattr(model.pretrained_model, "embeddings", None), "position_embeddings", None)
+        # RoBERTa counts positions from the one after padding's.
+        first = getattr(table, "padding_idx", None)
+        return min(limit, positions - (0 if first is None else first + 1)) if positions else limit
 
     def _plain_characters(self) -> frozenset[str]:
         """ASCII characters that this tokenizer never drops, so that words made of them need no closer look."""
@@ -66,18 +69,25 @@ class SentenceEncoder:
         """Whether the model can take the sentence: each word leaves something, and all fit into its positions."""
         if not words or any(not word or word.isspace() for word in words):
             return False
-        if self._max_words is not None and len(words) > self._max_words:
+        return self._clearly_fits(words) or self.takes(self.encode([(words, space_after)])[0])
+
+    def _clearly_fits(self, words: Sequence[str]) -> bool:
+        """Whether plain words are so few that it can be told without the tokenizer."""
+        if self._characters or len(words) > self._max_words:
+            return False
+        # A sub-word has at least one character, or stands for the space before a word.
+        most = sum(map(len, words)) + len(words) + self._num_special
+        return most <= self._max_subwords and self._plain.issuperset("".join(words))
+
+    def takes(self, sentence: Encoded) -> bool:
+        """The part of :meth:`fits` that can be told from the encoded sentence."""
+        if len(sentence.words) > self._max_words:
             return False
         if self._characters:
             return True
-        # A sub-word has at least one character, or stands for the space before a word.
-        longest = sum(map(len, words)) + len(words) + self._num_special
-        if longest <= self._max_subwords and self._plain.issuperset("".join(words)):
-            return True
-        (encoded,) = self.encode([(words, space_after)])
         # T5's decoder reads one token more than the text has, which benepar counts.
-        positions = len(encoded.subwords) + self._retokenizer.is_t5
-        return bool((encoded.last_subword >= 0).all()) and positions <= self._max_subwords
+        positions = len(sentence.subwords) + self._retokenizer.is_t5
+        return positions <= self._max_subwords and bool(sentence.last_subword.min() >= 0)
 
     def encode(self, sentences: Sequence[tuple[Sequence[str], Sequence[bool]]]) -> list[Encoded]:
         """Encode (words, space_after) pairs; a word that leaves no sub-word gets -1 in ``last_subword``."""

@@ -127,8 +127,15 @@ class BeneparParser:
         return self._encoder.fits(sentence.words, sentence.space_after)
 
     def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
-        """Parse sentences that fit, in batches of like length; results in the order of ``sentences``."""
+        """Parse sentences that fit, in batches of like length; results in the order of ``sentences``.
+
+        Raises:
+            ValueError: a sentence does not fit.
+        """
         encoded = self._encoder.encode([(sentence.words, sentence.space_after) for sentence in sentences])
+        for number, one in enumerate(encoded):
+            if not self._encoder.takes(one):
+                raise ValueError(f"sentences must fit (ask fits() first): number {number} does not")
         parses: list[Parse | None] = [None] * len(encoded)
         for numbers in _batches([sentence.cost for sentence in encoded], _BATCH_POSITIONS):
             found = self._parse_batch([encoded[number] for number in numbers])

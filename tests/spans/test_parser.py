@@ -160,6 +160,11 @@ class TestBundledModel:
         words.insert(place, word)
         assert not bundled.fits(Sentence(tuple(words), (True,) * 3))
 
+    def test_what_does_not_fit_is_refused_by_number(self, bundled: BeneparParser) -> None:
+        for hostile in (Sentence(("a", "\u200b\u200b"), (True, True)), sentence("a " * 510 + "b")):
+            with pytest.raises(ValueError, match="number 1 does not"):
+                bundled.parse([SENTENCES[0], hostile])
+
     def test_odd_words_fit(self, bundled: BeneparParser) -> None:
         odd = [*SENTENCES, sentence("a\u200bb e\u0301 \U0001f600 שלום x" + "\u0301" * 20)]
         assert all(bundled.fits(one) for one in odd)
