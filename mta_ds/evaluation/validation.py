@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mta_ds.data import Batch
+from mta_ds.losses import LossConfig, linear_divergence, make_divergence
+from mta_ds.models import CausalBody, ragged
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,33 @@ def validate(
     if tokens == 0:
         raise ValueError("batches: no token has a label")
     return Validation(loss / tokens, kl / compared if compared else None, int(tokens))
+
+
+def model_scorer(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, vocab_size: int
+) -> Callable[[Batch], Scores]:
+    """Score batches with two plain models on one device; logits are never held whole.
+
+    Args:
+        vocab_size: number of ids that mean something; padding rows of the heads beyond it are left out.
+    """
+    divergence = make_divergence(LossConfig(divergence="sft" if teacher is None else "fkl"), vocab_size)
+    bodies = [None if model is None else CausalBody(model, ()) for model in (student, teacher)]
+
+    def score(batch: Batch) -> Scores:
+        (hidden, head), (teacher_hidden, teacher_head) = (_final_state(body, batch) for body in bodies)
+        assert hidden is not None and head is not None
+        sums = linear_divergence(hidden, head, teacher_hidden, teacher_head, batch.targets, divergence)
+        return Scores(sums.cross_entropy, None if teacher is None else sums.divergence, sums.count)
+
+    return score
+
+
+def _final_state(body: CausalBody | None, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """Final hidden states of the valid tokens [n, d], and the LM head [vocabulary, d]."""
+    if body is None:
+        return None, None
+    return ragged(body(batch.input_ids, batch.attention_mask), batch.valid), body.head
 
 
 def _as_row(scores: Scores) -> Tensor:
