@@ -94,7 +94,7 @@ def _thinned(line: Line) -> tuple[list[float], list[float]]:
 
 
 def _inline(svg: str, title: str) -> Markup:
-    """The bare element for an HTML page: no XML prologue, metadata or fixed size, no group names (they would repeat)."""
+    """The bare element for an HTML page: no prologue, metadata or fixed size, no group names (they would repeat)."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)

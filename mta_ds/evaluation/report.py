@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,6 @@ from mta_ds.errors import UserError
 from mta_ds.evaluation.charts import loss_charts
 from mta_ds.evaluation.tree import ParsedExample, marked_text, trees
 from mta_ds.files import write_atomic
-
-logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -111,20 +108,10 @@ def scores(evaluations: Mapping[str, Json]) -> list[Score]:
 
 def samples(folder: Path, evaluations: Mapping[str, Json]) -> list[Sample]:
     """The first records of the evaluation with every model's text of the first pass: not a selection."""
-    texts: dict[str, dict[str, Json]] = {}
-    for model, evaluation in evaluations.items():
-        name = evaluation.get("generations")
-        rows = _read_lines(folder / Path(name).name) if isinstance(name, str) else []
-        texts[model] = {row["record_id"]: row for row in rows if row["pass"] == rows[0]["pass"]}
     named = {"before": "Student before", "after": "Student after", "teacher": "Teacher"}
-    ids = list(dict.fromkeys(record_id for rows in texts.values() for record_id in rows))[:_MAX_TEXTS]
-    found = []
-    for record_id in ids:
-        rows = {named[model]: by_id[record_id] for model, by_id in texts.items() if record_id in by_id}
-        first = next(iter(rows.values()))
-        answers = [(model, row["text"], row["rouge_l"]) for model, row in rows.items()]
-        found.append(Sample(first["fields"], answers, first["references"][0]))
-    return found
+    texts = {named[model]: _first_pass(folder, evaluation) for model, evaluation in evaluations.items()}
+    record_ids = list(dict.fromkeys(record_id for rows in texts.values() for record_id in rows))
+    return [_sample(record_id, texts) for record_id in record_ids[:_MAX_TEXTS]]
 
 
 def performance(rows: Sequence[Json]) -> list[tuple[str, str]]:
@@ -155,6 +142,20 @@ def _score(name: str, note: str, key: str, evaluations: Mapping[str, Json]) -> S
         percent = f"{100 * difference / before:+.0f} %".replace("-", "−") if before > 0 else ""
     shown = [_number(evaluations[m], key, v) for m, v in zip(evaluations, (before, after, teacher), strict=True)]
     return Score(name, note, shown[0], shown[1], change, percent, shown[2], improved)
+
+
+def _first_pass(folder: Path, evaluation: Json) -> dict[str, Json]:
+    """The rows of an evaluation's first pass of generation, by record id."""
+    name = evaluation.get("generations")
+    rows = _read_lines(folder / Path(name).name) if isinstance(name, str) else []
+    return {row["record_id"]: row for row in rows if row["pass"] == rows[0]["pass"]}
+
+
+def _sample(record_id: str, texts: Mapping[str, Mapping[str, Json]]) -> Sample:
+    rows = {model: by_id[record_id] for model, by_id in texts.items() if record_id in by_id}
+    first = next(iter(rows.values()))
+    answers = [(model, row["text"], row["rouge_l"]) for model, row in rows.items()]
+    return Sample(first["fields"], answers, first["references"][0])
 
 
 def _value(evaluation: Json, key: str) -> float | None:

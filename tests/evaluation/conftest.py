@@ -42,7 +42,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCaus
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=128,
+            max_position_embeddings=600,
             tie_word_embeddings=tied,
             initializer_range=0.3,  # wide, so that the distributions are far from uniform
             bos_token_id=None,
