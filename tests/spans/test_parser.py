@@ -20,6 +20,7 @@ from tokenizers import pre_tokenizers
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertModel,
     BertTokenizer,
     GPT2Config,
     GPT2Tokenizer,
@@ -478,6 +479,28 @@ def test_training_loss_is_benepars(bundled: BeneparParser, examples: None) -> No
     for parameter, (gradient, benepars) in zip(head, pairs, strict=True):
         torch.testing.assert_close(gradient, benepars, rtol=1e-3, atol=1e-5)
         parameter.requires_grad_(False)
+
+
+def test_cut_encoder_computes_the_same(examples: None, tmp_path: Path) -> None:
+    from encoder import cut_encoder, pieces_to_keep
+
+    tokenizer, config = bert()
+    tokenizer.save_pretrained(tmp_path / "whole")
+    config.num_hidden_layers = 3
+    whole = BertModel(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    keep = pieces_to_keep(tokenizer, ["the dog"], [], min_count=1)
+    assert "the" in keep and "cannot" not in keep and set(LETTERS) <= set(keep)
+    cut_encoder(tmp_path / "whole", tmp_path / "cut", 2, keep)
+    cut, cut_tokenizer = (
+        BertModel.from_pretrained(tmp_path / "cut").eval(),
+        BertTokenizer.from_pretrained(tmp_path / "cut"),
+    )
+    assert cut_tokenizer.tokenize("the cannot") == ["the", "c", "##a", "##n", "##n", "##o", "##t"]
+    with torch.inference_mode():
+        expected = whole(**tokenizer("the dog?", return_tensors="pt"), output_hidden_states=True).hidden_states[2]
+        found = cut(**cut_tokenizer("the dog?", return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(found, expected)
 
 
 def test_label_vocabulary_of_the_decoder() -> None:
