@@ -15,7 +15,21 @@ import torch
 import mta_ds
 from mta_ds.engine import distributed
 
-_PACKAGES = ["mta-ds", "torch", "transformers", "deepspeed", "benepar", "spacy", "datasets", "pyarrow", "numpy", "numba", "safetensors", "tokenizers", "peft"]
+_PACKAGES = [
+    "mta-ds",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "benepar",
+    "spacy",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "numba",
+    "safetensors",
+    "tokenizers",
+    "peft",
+]
 
 
 def describe_environment() -> str:
