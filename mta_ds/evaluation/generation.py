@@ -44,7 +44,7 @@ class DecodingConfig(Section):
     """Forbid a second occurrence of any n-gram of this size, prompt included; MiniLLM's tests use 6."""
     max_length: int = Field(default=512, ge=2)
     """Most tokens of prompt and response together."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=16, ge=1)
 
 
 class GenerationConfig(DecodingConfig):

@@ -66,7 +66,7 @@ def validate(
 def model_scorer(
     student: PreTrainedModel, teacher: PreTrainedModel | None, vocab_size: int
 ) -> Callable[[Batch], Scores]:
-    """Score batches with two plain models on one device; logits are never held whole.
+    """Score batches with two plain models on one device, under no_grad; logits are never held whole.
 
     Args:
         vocab_size: number of ids that mean something; padding rows of the heads beyond it are left out.
