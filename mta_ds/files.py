@@ -51,9 +51,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Between the two renames of a replacement ``path`` is missing for an instant; the old folder is still beside it.
     """
     path = Path(path)
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (temporary, old) if path.exists() else (temporary,):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
