@@ -91,8 +91,6 @@ class SentenceEncoder:
 
     def encode(self, sentences: Sequence[tuple[Sequence[str], Sequence[bool]]]) -> list[Encoded]:
         """Encode (words, space_after) pairs; a word that leaves no sub-word gets -1 in ``last_subword``."""
-        if not sentences:
-            return []
         normalized = [[_NORMALIZED.get(word, word) for word in words] for words, _ in sentences]
         if self._characters:
             return [Encoded(words, [], [], np.arange(len(words) + 2)) for words in normalized]

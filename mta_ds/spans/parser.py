@@ -29,6 +29,7 @@ _ROOTS = frozenset({"ROOT", "TOP", "S1", "VROOT"})
 # Positions (sub-words with padding) of one encoder batch, and spans scored at once: what fits a CPU's caches.
 _BATCH_POSITIONS = 1024
 _CHUNK_SPANS = 2048
+_SLICE = 1024  # sentences tokenized at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,8 @@ class BeneparParser:
         packages = ("benepar", "torch", "transformers", "tokenizers")
         self.versions: dict[str, str] = {package: version(package) for package in packages}
         self._encoder = SentenceEncoder(self._model)
-        self._labels = _names(self._model.label_vocab)
-        self._labels = ["::".join(_without_roots(label.split("::"))) for label in self._labels]
+        chains = (name.split("::") for name in _names(self._model.label_vocab))
+        self._labels = ["::".join(label for label in chain if label not in _ROOTS) for chain in chains]
         self._tags = _names(self._model.tag_vocab) if self._model.f_tag is not None else None
         self._force_root: bool = self._model.decoder.force_root_constituent
 
@@ -132,7 +133,10 @@ class BeneparParser:
         Raises:
             ValueError: a sentence does not fit.
         """
-        encoded = self._encoder.encode([(sentence.words, sentence.space_after) for sentence in sentences])
+        pairs = [(sentence.words, sentence.space_after) for sentence in sentences]
+        # In slices, because a tokenizer's output is many times larger than what is kept of it.
+        slices = (pairs[first : first + _SLICE] for first in range(0, len(pairs), _SLICE))
+        encoded = [one for part in slices for one in self._encoder.encode(part)]
         for number, one in enumerate(encoded):
             if not self._encoder.takes(one):
                 raise ValueError(f"sentences must fit (ask fits() first): number {number} does not")
@@ -184,10 +188,6 @@ def _names(vocabulary: dict[str, int]) -> list[str]:
     for name, number in vocabulary.items():
         names[number] = name
     return names
-
-
-def _without_roots(chain: list[str]) -> list[str]:
-    return [label for label in chain if label not in _ROOTS]
 
 
 def _batches(costs: Sequence[int], budget: int) -> Iterator[list[int]]:
