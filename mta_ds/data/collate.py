@@ -1,0 +1,129 @@
+"""A batch: padded inputs for the models, ragged tokens and spans for the losses.
+
+Letters: B sequences, T padded length, n valid tokens of all sequences, K spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+GRANULARITIES = ("word", "phrase")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenized record."""
+
+    record_id: str
+    input_ids: np.ndarray
+    """int32 [n]"""
+    labels: np.ndarray
+    """int32 [n], not shifted; -100 = ignored."""
+    spans: dict[str, np.ndarray]
+    """"word", "phrase": int32 [K, 2], half-open token ranges."""
+    prompt_length: int
+    """Tokens before the first label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Spans of one granularity in a ragged batch."""
+
+    ranges: Tensor
+    """int64 [K, 2], half-open ranges of the batch's valid tokens."""
+    cu_spans: Tensor
+    """int64 [B + 1], bounds of each sequence's spans."""
+
+    def to(self, device: torch.device) -> Spans:
+        """The same on another device."""
+        return Spans(self.ranges.to(device, non_blocking=True), self.cu_spans.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the normalisers of the losses need (METHOD §6)."""
+
+    tokens: int
+    """Positions with a target."""
+    sequences: int
+    covered: dict[str, int]
+    """Sequences with at least one span, by granularity."""
+    comparable: dict[str, int]
+    """Sequences with at least two spans, by granularity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    record_ids: tuple[str, ...]
+    input_ids: Tensor
+    """int64 [B, T], padded on the right."""
+    attention_mask: Tensor
+    """int64 [B, T]"""
+    valid: Tensor
+    """int64 [n], indices of the valid tokens in the flattened [B · T]."""
+    cu_seqlens: Tensor
+    """int64 [B + 1], sequence bounds in the n valid tokens."""
+    targets: Tensor
+    """int64 [n], the label of the next token of the same sequence; -100 = not counted."""
+    spans: dict[str, Spans]
+    counts: Counts
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; the copy overlaps with what the device is doing."""
+        names = ("input_ids", "attention_mask", "valid", "cu_seqlens", "targets")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, spans={name: spans.to(device) for name, spans in self.spans.items()})
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad the inputs to the longest example and concatenate everything else."""
+    lengths = np.array([len(e.input_ids) for e in examples])
+    width = int(lengths.max())
+    input_ids = np.full((len(examples), width), pad_id, dtype=np.int64)
+    mask = np.arange(width) < lengths[:, None]
+    input_ids[mask] = np.concatenate([e.input_ids for e in examples])
+    cu_seqlens = np.concatenate([[0], lengths.cumsum()])
+    targets = np.full(int(cu_seqlens[-1]), IGNORED, dtype=np.int64)
+    for example, start in zip(examples, cu_seqlens[:-1], strict=True):
+        targets[start : start + len(example.labels) - 1] = example.labels[1:]
+    per_sequence = {g: np.array([len(e.spans[g]) for e in examples]) for g in GRANULARITIES}
+    return Batch(
+        record_ids=tuple(e.record_id for e in examples),
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)),
+        valid=torch.from_numpy(np.flatnonzero(mask)),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        targets=torch.from_numpy(targets),
+        spans={g: _ragged([e.spans[g] for e in examples], cu_seqlens) for g in GRANULARITIES},
+        counts=Counts(
+            tokens=int((targets != IGNORED).sum()),
+            sequences=len(examples),
+            covered={g: int((per_sequence[g] >= 1).sum()) for g in GRANULARITIES},
+            comparable={g: int((per_sequence[g] >= 2).sum()) for g in GRANULARITIES},
+        ),
+    )
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """The sum of several batches' counts."""
+    every = list(counts)
+    return Counts(
+        tokens=sum(c.tokens for c in every),
+        sequences=sum(c.sequences for c in every),
+        covered={g: sum(c.covered[g] for c in every) for g in GRANULARITIES},
+        comparable={g: sum(c.comparable[g] for c in every) for g in GRANULARITIES},
+    )
+
+
+def _ragged(spans: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Spans:
+    shifted = [ranges.astype(np.int64) + start for ranges, start in zip(spans, cu_seqlens[:-1], strict=True)]
+    cu_spans = np.concatenate([[0], np.cumsum([len(ranges) for ranges in spans])])
+    return Spans(torch.from_numpy(np.concatenate(shifted).reshape(-1, 2)), torch.from_numpy(cu_spans.astype(np.int64)))

@@ -1,0 +1,162 @@
+"""One record to one example: template, tokens, labels, and units projected onto the tokens that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from mta_ds.config import Section
+from mta_ds.data.collate import GRANULARITIES, IGNORED, Example
+from mta_ds.data.project import project
+from mta_ds.data.template import Part, Template, render
+from mta_ds.data.units import Chosen, UnitConfig, choose
+from mta_ds.spans.records import Record
+from mta_ds.spans.store import Units
+
+Lookup = Callable[[str, str, str], Units | None]
+"""(record id, field, text) -> the field's units."""
+
+
+class DataConfig(Section):
+    """Records, spans and how they become token sequences."""
+
+    train: tuple[str, ...] = ()
+    """Record files, folders, globs or ``datasets`` names."""
+    validation: tuple[str, ...] = ()
+    spans: Path | None = None
+    """Span store of both; may be left out with MTA off."""
+    template: Template = "minillm"
+    max_length: int = Field(default=512, ge=2)
+    """Tokens of a sequence; the rest is cut off."""
+    max_prompt_length: int = Field(default=256, ge=1)
+    """Tokens of a single-turn prompt, its first; conversations are cut at ``max_length`` only."""
+    long_prompts: str = Field(default="truncate", pattern="^(truncate|drop)$")
+    """What happens to a record whose prompt is longer."""
+    units: UnitConfig = UnitConfig()
+
+
+class Dropped(NamedTuple):
+    """Why a record gives no example."""
+
+    reason: str
+
+
+class _Tokens(NamedTuple):
+    """A growing sequence."""
+
+    ids: list[int]
+    labels: list[int]
+    spans: dict[str, list[np.ndarray]]
+
+
+def encode(record: Record, config: DataConfig, tokenizer: Any, lookup: Lookup | None) -> Example | Dropped:
+    """Tokenize a record, part by part, and project its units.
+
+    Two units that cover the same tokens are one span. A unit that is not wholly within the kept tokens is dropped.
+
+    Args:
+        lookup: the span store's; None leaves the spans empty.
+    """
+    parts = render(record, config.template, tokenizer)
+    responses = [i for i, part in enumerate(parts) if part.is_response]
+    if not responses:
+        return Dropped("without a response")
+    chosen = _choose(record, config, lookup)
+    tokens = _Tokens(*_opening(parts[0], tokenizer), {g: [] for g in GRANULARITIES})
+    single_turn = len(responses) == 1 and record.format != "text"
+    prompt_length = 0
+    for i, part in enumerate(parts):
+        limit = config.max_prompt_length if single_turn and i < responses[0] else None
+        if not _append(tokens, part, tokenizer, chosen, config, limit):
+            return Dropped("with a prompt over max_prompt_length")
+        if i < responses[0]:
+            prompt_length = len(tokens.ids)
+    return _cut(record, config.max_length, tokens, prompt_length)
+
+
+def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[int]:
+    """The ids a model is asked to continue: as in training, the prompt's first ``max_prompt_length`` tokens."""
+    (part,) = render(record, config.template, tokenizer, with_response=False)
+    ids, _ = _opening(part, tokenizer)
+    return (ids + tokenizer(part.text, add_special_tokens=False)["input_ids"])[: config.max_prompt_length]
+
+
+def _choose(record: Record, config: DataConfig, lookup: Lookup | None) -> dict[str, Chosen]:
+    if lookup is None:
+        return {}
+    chosen = {}
+    for field, text in record.fields.items():
+        units = lookup(record.id, field, text)
+        if units is not None:
+            chosen[field] = choose(units, config.units)
+    return chosen
+
+
+def _opening(first: Part, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The BOS of a tokenizer that begins sequences with one, unless the template has written it already."""
+    bos = tokenizer.bos_token_id
+    if bos is None or first.text.startswith(tokenizer.bos_token):
+        return [], []
+    return ([bos], [IGNORED]) if tokenizer("a")["input_ids"][:1] == [bos] else ([], [])
+
+
+def _append(
+    tokens: _Tokens, part: Part, tokenizer: Any, chosen: dict[str, Chosen], config: DataConfig, limit: int | None
+) -> bool:
+    """Tokenize one part onto the sequence; False if it is a prompt beyond its limit and such records are dropped."""
+    encoding = tokenizer(part.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoding["input_ids"]
+    start = len(tokens.ids)
+    if limit is not None and start + len(ids) > limit:
+        if config.long_prompts == "drop":
+            return False
+        ids = ids[: max(0, limit - start)]
+    offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[: len(ids)]
+    if part.is_response or config.units.fields == "all":
+        for granularity, units in _units_in(part, chosen).items():
+            spans = project(part.text, offsets, units)
+            tokens.spans[granularity].append(spans[spans[:, 0] < spans[:, 1]] + start)
+    if part.ends_with_eos:
+        ids = [*ids, tokenizer.eos_token_id]
+    tokens.ids.extend(ids)
+    tokens.labels.extend(ids if part.is_response else [IGNORED] * len(ids))
+    return True
+
+
+def _units_in(part: Part, chosen: dict[str, Chosen]) -> dict[str, np.ndarray]:
+    """The units of the part's fields, as character ranges of the part."""
+    found: dict[str, list[np.ndarray]] = {g: [np.zeros((0, 2), dtype=np.int64)] for g in GRANULARITIES}
+    for piece in part.pieces:
+        if piece.field not in chosen:
+            continue
+        for granularity, units in zip(GRANULARITIES, chosen[piece.field], strict=True):
+            inside = (units[:, 0] >= piece.field_start) & (units[:, 1] <= piece.field_start + piece.length)
+            found[granularity].append(units[inside].astype(np.int64) + (piece.start - piece.field_start))
+    return {granularity: np.concatenate(ranges) for granularity, ranges in found.items()}
+
+
+def _cut(record: Record, max_length: int, tokens: _Tokens, prompt_length: int) -> Example | Dropped:
+    labels = np.array(tokens.labels[:max_length], dtype=np.int32)
+    # the first token is predicted from nothing, so its label never counts
+    if not (labels[1:] != IGNORED).any():
+        return Dropped("without a label within max_length")
+    spans = {}
+    for granularity, ranges in tokens.spans.items():
+        joined = np.concatenate([np.zeros((0, 2), dtype=np.int64), *ranges])
+        spans[granularity] = _unique(joined[joined[:, 1] <= max_length]).astype(np.int32)
+    ids = np.array(tokens.ids[:max_length], dtype=np.int32)
+    return Example(record.id, ids, labels, spans, min(prompt_length, len(ids)))
+
+
+def _unique(ranges: np.ndarray) -> np.ndarray:
+    """Each range once, by start, longer first."""
+    if not len(ranges):
+        return ranges
+    ordered = ranges[np.lexsort((-ranges[:, 1], ranges[:, 0]))]
+    new = np.ones(len(ordered), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return ordered[new]
