@@ -7,7 +7,12 @@ from pydantic import Field, model_validator
 from mta_ds.config import Section
 from mta_ds.ops import Divergence, DivergenceName
 
-_OPTIONS = {"alpha": ("skl", "srkl"), "beta": ("jsd",), "detach_mixture": ("srkl",)}
+_OPTIONS = {
+    "alpha": ("skl", "srkl"),
+    "beta": ("jsd",),
+    "detach_mixture": ("srkl",),
+    "kd_ratio": ("fkl", "rkl", "jsd", "tvd", "skl", "srkl"),
+}
 _FORMULAS = {
     "sft": "cross-entropy with the labels",
     "fkl": "KL(p ‖ q)",
@@ -34,6 +39,7 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _options_belong(self) -> LossConfig:
+        # a default is never an error: the resolved config that a run writes down names every option
         for option, names in _OPTIONS.items():
             value = getattr(self, option)
             if value != type(self).model_fields[option].default and self.divergence not in names:

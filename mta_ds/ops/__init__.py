@@ -6,7 +6,7 @@ Ragged contract: a batch's valid tokens are concatenated, ``cu_seqlens`` [B + 1]
 
 from mta_ds.ops.divergence import Divergence, DivergenceName, divergence_values
 from mta_ds.ops.linear_divergence import LinearDivergence, linear_divergence
-from mta_ds.ops.reference import covered_tokens, dsa, hid, sequence_of, span_pool, span_weights, token_weights
+from mta_ds.ops.reference import covered_tokens, dsa, hid, normalise_within, span_pool, span_weights, token_weights
 
 __all__ = [
     "Divergence",
@@ -17,7 +17,7 @@ __all__ = [
     "dsa",
     "hid",
     "linear_divergence",
-    "sequence_of",
+    "normalise_within",
     "span_pool",
     "span_weights",
     "token_weights",

@@ -1,9 +1,9 @@
-"""Divergences between next-token distributions: per-token values from logits, and their gradients in closed form."""
+"""Divergences between next-token distributions: per-token values by definition, and their gradients in closed form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ class Divergence:
 
     Attributes:
         name: ``sft`` is the label cross-entropy alone.
-        alpha: share of the other distribution in the mixture of ``skl`` and ``srkl``.
-        beta: of ``jsd``; 0 and 1 are its limits, ``fkl`` and ``rkl``.
+        alpha: share of the other distribution in the mixture of ``skl`` and ``srkl``, in (0, 1).
+        beta: of ``jsd``, in [0, 1]; 0 and 1 are its limits, ``fkl`` and ``rkl``.
         detach_mixture: ``srkl`` without the gradient through its mixture (DistiLLM-2).
-        kd_ratio: the loss is (1 - kd_ratio) · cross-entropy + kd_ratio · divergence.
+        kd_ratio: the loss is (1 - kd_ratio) · cross-entropy + kd_ratio · divergence, in [0, 1].
         vocab_size: rows of the heads that mean something; models pad them. None: all.
+
+    Raises:
+        ValueError: a name that does not exist, or a number outside its range.
     """
 
     name: DivergenceName = "fkl"
@@ -31,9 +34,21 @@ class Divergence:
     kd_ratio: float = 1.0
     vocab_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.name not in get_args(DivergenceName):
+            raise ValueError(f"name: '{self.name}' is none of {', '.join(get_args(DivergenceName))}")
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha: want 0 < alpha < 1, got {self.alpha}; without a mixture it is fkl or rkl")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: want 0 <= beta <= 1, got {self.beta}")
+        if not 0 <= self.kd_ratio <= 1:
+            raise ValueError(f"kd_ratio: want 0 <= kd_ratio <= 1, got {self.kd_ratio}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size: want a positive number of rows or None, got {self.vocab_size}")
+
     @property
     def needs_teacher(self) -> bool:
-        """Whether teacher logits are read at all."""
+        """Whether the loss depends on the teacher at all."""
         return self.name != "sft" and self.kd_ratio > 0
 
     @property
@@ -41,60 +56,100 @@ class Divergence:
         """Share of the divergence in the loss; the rest is the label cross-entropy."""
         return self.kd_ratio if self.needs_teacher else 0.0
 
+    @property
+    def formula(self) -> DivergenceName:
+        """``name``, with the limits of ``jsd`` under the names of what they are."""
+        if self.name == "jsd" and self.beta in (0.0, 1.0):
+            return "rkl" if self.beta else "fkl"
+        return self.name
 
-def divergence_values(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """Per-token divergence [m] from logits [m, V], by definition and differentiable in ``student``."""
-    return _values_and_slopes(student.log_softmax(-1), teacher.log_softmax(-1), divergence)[0]
+
+def divergence_values(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
+    """Per-token values [m] by definition (METHOD §8), differentiable in ``log_q``.
+
+    Args:
+        log_q, log_p: log-probabilities [m, V] of student and teacher, float32 or float64.
+
+    Raises:
+        ValueError: ``sft``, which compares with a label and not with a distribution.
+    """
+    alpha, beta = divergence.alpha, divergence.beta
+    match divergence.formula:
+        case "fkl":
+            return _kl(log_p, log_q)
+        case "rkl":
+            return _kl(log_q, log_p)
+        case "tvd":
+            return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+        case "jsd":
+            log_m = _log_mixture(log_p, log_q, beta)
+            return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+        case "skl":
+            return _kl(log_p, _log_mixture(log_p, log_q, alpha))
+        case "srkl":
+            log_m = _log_mixture(log_q, log_p, alpha)
+            return _kl(log_q, log_m.detach() if divergence.detach_mixture else log_m)
+        case "sft":
+            raise ValueError("divergence: sft has no teacher distribution; it is the label cross-entropy")
 
 
 def divergence_gradients(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Per-token values [m] and their gradients with respect to the student's logits [m, V].
+    """Per-token values [m] and their gradients with respect to the student's logits [m, V], in closed form.
+
+    With g = ∂value/∂log q, q held fixed as a factor, the gradient through the softmax is g - q Σ g.
 
     Args:
-        log_q, log_p: log-probabilities [m, V] of student and teacher.
-
-    With g = ∂value/∂q, the gradient through the softmax is q (g - Σ q g).
+        log_q: the student's log-probabilities [m, V]; left as they are.
+        log_p: the teacher's; overwritten, since such a matrix is what the memory of the loss is made of.
     """
-    values, slopes = _values_and_slopes(log_q, log_p, divergence)
-    if slopes is None:  # fkl: the closed form needs no slope, and 1/q would overflow
-        return values, log_q.exp() - log_p.exp()
-    weighted = slopes.mul_(log_q.exp())
-    return values, weighted - log_q.exp() * weighted.sum(-1, keepdim=True)
+    if divergence.formula == "fkl":  # Σ g = -1, so all that is left is q - p
+        p = log_p.exp()
+        values = log_p.sub_(log_q).mul_(p).sum(-1)
+        return values, torch.exp(log_q, out=log_p).sub_(p)
+    q = log_q.exp()
+    values, slope = _values_and_slopes(q, log_q, log_p, divergence)
+    weighted = slope.mul_(q)
+    return values, weighted.sub_(q.mul_(weighted.sum(-1, keepdim=True)))
 
 
-def _values_and_slopes(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor | None]:
-    """Values [m] and slopes ∂value/∂q [m, V]; None for ``fkl``, whose slope -p/q may overflow."""
-    p, q = log_p.exp(), log_q.exp()
-    name, beta = divergence.name, divergence.beta
-    if name == "jsd" and beta in (0.0, 1.0):
-        name = "rkl" if beta else "fkl"
-    if name == "fkl":
-        return _sum(p * (log_p - log_q)), None
+def _values_and_slopes(q: Tensor, log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Values [m] and ∂value/∂q [m, V], up to a constant in each row (the softmax removes it); overwrites ``log_p``."""
+    alpha, beta, name = divergence.alpha, divergence.beta, divergence.formula
     if name == "rkl":
-        ratio = log_q - log_p
-        return _sum(q * ratio), ratio
+        ratio = torch.sub(log_q, log_p, out=log_p)
+        return _dot(q, ratio), ratio
+    p = log_p.exp()
     if name == "tvd":
-        return 0.5 * _sum((p - q).abs()), -0.5 * (p - q).sign()
+        difference = p.sub_(q)
+        return 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1), difference.sign_().mul_(-0.5)
     if name == "jsd":
-        log_m = torch.logaddexp(log_p + _log(beta, p), log_q + _log(1 - beta, p))
-        ours = log_q - log_m
-        return beta * _sum(p * (log_p - log_m)) + (1 - beta) * _sum(q * ours), (1 - beta) * ours
-    alpha = divergence.alpha
+        log_m = _log_of_mixture(p, q, beta)
+        ratio = log_q - log_m
+        values = beta * _dot(p, log_p.sub_(log_m)) + (1 - beta) * _dot(q, ratio)
+        return values, ratio.mul_(1 - beta)
     if name == "skl":
-        log_m = torch.logaddexp(log_p + _log(alpha, p), log_q + _log(1 - alpha, p))
-        return _sum(p * (log_p - log_m)), -(1 - alpha) * (log_p - log_m).exp()
+        ratio = log_p.sub_(_log_of_mixture(p, q, alpha))
+        return _dot(p, ratio), ratio.exp_().mul_(alpha - 1)
     assert name == "srkl", name
-    log_m = torch.logaddexp(log_p + _log(1 - alpha, p), log_q + _log(alpha, p))
-    if divergence.detach_mixture:
-        log_m = log_m.detach()
-    ratio = log_q - log_m
-    slope = ratio if divergence.detach_mixture else ratio - alpha * ratio.exp()
-    return _sum(q * ratio), slope
+    ratio = torch.sub(log_q, _log_of_mixture(q, p, alpha), out=log_p)
+    values = _dot(q, ratio)
+    return values, ratio if divergence.detach_mixture else ratio.sub_(ratio.exp(), alpha=alpha)
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x.sum(-1)
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def _log(share: float, like: Tensor) -> Tensor:
-    return torch.log(torch.tensor(share, dtype=like.dtype, device=like.device))
+def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share · a + (1 - share) · b), exact however small a and b are."""
+    log_share = torch.tensor([share, 1 - share], dtype=torch.float64).log().tolist()
+    return torch.logaddexp(log_a + log_share[0], log_b + log_share[1])
+
+
+def _log_of_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """The same from probabilities, in one pass less; where both underflow the result has no weight, but is finite."""
+    return torch.lerp(b, a, share).clamp_min_(torch.finfo(a.dtype).tiny).log_()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
