@@ -6,7 +6,6 @@ so everything that shapes a number is written beside it.
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import statistics
@@ -21,11 +20,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from mta_ds.data import Batch, DataConfig, EncodedDataset, Record, build_dataset, collate, read_records
+from mta_ds.data import (
+    Batch,
+    DataConfig,
+    EncodedDataset,
+    Record,
+    build_dataset,
+    collate,
+    encode_prompt,
+    input_files,
+    read_records,
+)
 from mta_ds.errors import UsageError, UserError
 from mta_ds.evaluation.generation import DecodingConfig, GenerationConfig, Generator, end_tokens, generate
 from mta_ds.evaluation.rouge import rouge_l
@@ -52,6 +61,14 @@ class EvaluationConfig(DecodingConfig):
     """Generate text and score it; off, only the losses are computed."""
     max_records: int | None = Field(default=None, ge=1)
     """Most records to generate for, from the first on; the losses are always over all."""
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> EvaluationConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length})"
+            )
+        return self
 
     def passes(self) -> dict[str, GenerationConfig]:
         """The settings of every pass of generation, under its name: the seed, or "greedy"."""
@@ -100,8 +117,8 @@ def evaluate(
     if not inputs:
         raise UsageError("evaluation.records: nothing to evaluate on; name record files there or in data.validation")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(student)
     model = load_pretrained(student, dtype).to(device).eval()
+    tokenizer = load_tokenizer(student)
     _check_positions(model, student, config, data)
     losses = _losses(model, tokenizer, teacher, inputs, config, data, dtype)
     kl = "" if losses.kl is None else f", KL to the teacher {losses.kl:.4f}"
@@ -148,30 +165,21 @@ def _batches(dataset: EncodedDataset, size: int, pad_id: int, device: torch.devi
 def _encoded(inputs: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> Iterator[EncodedDataset]:
     """The records as token ids, without spans; their cache goes when the block ends."""
     with tempfile.TemporaryDirectory() as cache:
-        dataset = build_dataset(inputs, data.model_copy(update={"spans": None}), tokenizer, None, Path(cache))
-        if len(dataset) == 0:
-            raise UserError(f"{', '.join(inputs)}: no record is left to evaluate on ({dataset.summary})")
-        yield dataset
+        yield build_dataset(inputs, data, tokenizer, None, Path(cache))
 
 
 def _questions(
     tokenizer: Tokenizer, inputs: Sequence[str], data: DataConfig, config: EvaluationConfig
 ) -> list[Question]:
     """The first ``max_records`` records that have a reference, with the prompts that training would give them."""
-    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    prompts = data.model_copy(update={"max_prompt_length": config.max_prompt_length})
     records = {r.id: r for r in read_records(inputs) if isinstance(r, Record) and r.references}
-    with _encoded(inputs, data.model_copy(update=lengths), tokenizer) as dataset:
-        examples = (dataset[index] for index in range(len(dataset)))
-        answerable = (e for e in examples if e.record_id in records and 0 < e.prompt_length < config.max_length)
-        questions = [
-            Question(records[e.record_id], e.input_ids[: e.prompt_length].tolist())
-            for e in islice(answerable, config.max_records)
-        ]
-    if not questions:
+    if not records:
         raise UserError(
             f"{', '.join(inputs)}: no record has a response to compare with; set evaluation.generate: false"
         )
-    return questions
+    chosen = islice(records.values(), config.max_records)
+    return [Question(record, encode_prompt(record, prompts, tokenizer)) for record in chosen]
 
 
 def _score_texts(
@@ -266,6 +274,4 @@ def _model_hashes(folder: Path) -> dict[str, str]:
 
 def _record_hashes(name: str) -> dict[str, str]:
     """Hash of each local file behind one entry of ``records``; empty for the name of a ``datasets`` data set."""
-    matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-    files = [file for match in matches for file in ([match] if match.is_file() else sorted(match.rglob("*")))]
-    return {str(file): sha256(file) for file in files if file.is_file()}
+    return {str(file): sha256(file) for file in input_files(name)}

@@ -143,7 +143,7 @@ def test_the_protocol_of_the_papers_is_the_default():
     assert (sampled.do_sample, sampled.temperature, sampled.top_p, sampled.top_k) == (True, 1.0, 1.0, 0)
 
 
-@pytest.mark.parametrize("bad", [{"seeds": []}, {"max_records": 0}, {"seed": 3}])
+@pytest.mark.parametrize("bad", [{"seeds": []}, {"max_records": 0}, {"seed": 3}, {"max_length": 256}])
 def test_settings_are_checked(bad):
     with pytest.raises(ValidationError):
         EvaluationConfig.model_validate(bad)
