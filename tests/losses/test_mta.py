@@ -1,0 +1,380 @@
+"""MTA's losses against loops in float64, against the published formulation, and under every split of a batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mta_ds.config import validate
+from mta_ds.errors import UsageError
+from mta_ds.losses import (
+    GlobalCounts,
+    MTAConfig,
+    MTALoss,
+    attach,
+    count_sequences,
+    dsa_scale,
+    hid_scale,
+    layer_gradients,
+    layer_terms,
+    layer_weights,
+)
+
+D_STUDENT, D_TEACHER = 5, 7
+REDUCTIONS = ["sequence_mean", "weighted_mean", "paper"]
+CONFIGS = [MTAConfig(reduction=r, student_weights=w) for r in REDUCTIONS for w in ("own", "teacher")]
+
+
+class Spans(NamedTuple):
+    ranges: Tensor
+    cu_spans: Tensor
+
+
+class Batch(NamedTuple):
+    student: Tensor
+    teacher: Tensor
+    cu_seqlens: Tensor
+    spans: Spans
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_batch(seed, lengths, most_spans=5):
+    """Overlapping spans at random; some sequences have one or none."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(below):
+        return int(torch.randint(0, below, (), generator=generator))
+
+    ranges, counts, offset = [], [], 0
+    for length in lengths:
+        chosen = set()
+        for _ in range(integer(most_spans + 1)):
+            start = integer(length)
+            chosen.add((offset + start, offset + start + 1 + integer(length - start)))
+        ranges += sorted(chosen)
+        counts.append(len(chosen))
+        offset += length
+    spans = Spans(torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2), bounds(counts))
+    return Batch(random(offset, D_STUDENT, seed=seed), random(offset, D_TEACHER, seed=seed + 1), bounds(lengths), spans)
+
+
+def split(batch, sizes):
+    """The same sequences as several batches."""
+    parts, first = [], 0
+    for size in sizes:
+        cu, cu_spans = (b[first : first + size + 1] for b in (batch.cu_seqlens, batch.spans.cu_spans))
+        tokens, spans = slice(int(cu[0]), int(cu[-1])), slice(int(cu_spans[0]), int(cu_spans[-1]))
+        part = Spans(batch.spans.ranges[spans] - cu[0], cu_spans - cu_spans[0])
+        parts.append(Batch(batch.student[tokens], batch.teacher[tokens], cu - cu[0], part))
+        first += size
+    return parts
+
+
+def cosine(a, b):
+    return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
+
+
+def weights_by_loops(hidden):
+    """Eqs. 5-7 for one sequence."""
+    n, d = hidden.shape
+    if n == 1:
+        return [1.0]
+    scaled = hidden / (hidden.std(dim=1, keepdim=True) + 1e-5)
+    weights = [0.0] * n
+    for s in range(n):
+        exps = {t: float(((scaled[s] @ scaled[t]) / d**0.5).exp()) for t in range(n) if t != s}
+        for t, value in exps.items():
+            weights[t] += value / sum(exps.values()) / n
+    return weights
+
+
+def layer_by_loops(batch, projection, config):
+    """(L_DSA numerator, Σ Z, L_Hid numerator) of the batch, sequence by sequence, span pair by span pair."""
+    dsa = hid = normaliser = 0.0 * batch.student.sum()
+    for b, (first, last) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        ours, theirs = batch.student[first:last], batch.teacher[first:last]
+        teacher_weights = weights_by_loops(theirs)
+        own = teacher_weights if config.student_weights == "teacher" else weights_by_loops(ours.detach())
+        spans = (batch.spans.ranges[batch.spans.cu_spans[b] : batch.spans.cu_spans[b + 1]] - first).tolist()
+
+        def pool(hidden, weights, spans=spans):
+            return [sum(weights[t] * hidden[t] for t in range(a, z)) / sum(weights[a:z]) for a, z in spans]
+
+        raw = [sum(teacher_weights[a:z]) for a, z in spans]
+        omega = [w / sum(raw) for w in raw]
+        student_spans, teacher_spans = pool(ours, own), pool(theirs, teacher_weights)
+        pairs = [(i, j) for i in range(len(spans)) for j in range(len(spans)) if i != j]
+        x = sum(
+            omega[i] * omega[j]
+            * (cosine(student_spans[i], student_spans[j]) - cosine(teacher_spans[i], teacher_spans[j])) ** 2
+            for i, j in pairs
+        )  # fmt: skip
+        z = sum(omega[i] * omega[j] for i, j in pairs)
+        normaliser = normaliser + z
+        if pairs:
+            dsa = dsa + (x / z if config.reduction == "sequence_mean" else x)
+        covered = sorted({t for a, e in spans for t in range(a, e)})
+        total = 1.0 if config.reduction == "paper" else sum(teacher_weights[t] for t in covered)
+        for t in covered:
+            hid = hid + teacher_weights[t] / total * (1 - cosine(projection @ ours[t], theirs[t]))
+    return dsa, normaliser, hid
+
+
+def grads(outputs, inputs, seed=3):
+    """Gradients of the outputs under a random upstream gradient."""
+    upstream = random(len(outputs), seed=seed)
+    total = sum(u * output for u, output in zip(upstream, outputs, strict=True))
+    return dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
+
+
+def assert_same(got, want, **tolerance):
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.reduction}-{c.student_weights}")
+@pytest.mark.parametrize("seed", range(4))
+def test_layer_terms_and_gradients_by_name(config, seed):
+    batch = random_batch(seed, (7, 1, 4, 12, 2))
+    inputs = {"student": batch.student.requires_grad_(), "projection": random(D_TEACHER, D_STUDENT, seed=8)}
+    inputs["projection"].requires_grad_()
+    expected = layer_by_loops(batch, inputs["projection"], config)
+    terms = layer_terms(batch.student, batch.teacher, inputs["projection"], *batch[2:], config)
+    for got, want in zip(terms, expected, strict=True):
+        torch.testing.assert_close(got, torch.as_tensor(want), rtol=1e-9, atol=1e-12)
+    got = grads([terms.dsa, terms.hid], inputs)
+    assert_same(got, grads([expected[0], expected[2]], inputs), rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_streamed_gradients_equal_autograd(reduction):
+    config = MTAConfig(reduction=reduction)
+    batch = random_batch(5, (7, 3, 9))
+    student, projection = batch.student.requires_grad_(), random(D_TEACHER, D_STUDENT, seed=8).requires_grad_()
+    inputs = {"student": student, "projection": projection}
+    terms = layer_terms(student, batch.teacher, projection, *batch[2:], config)
+    expected = terms.dsa * 0.7 + terms.hid * torch.tensor(-1.3)
+    with torch.no_grad():  # as in a teacher's hook
+        stored = layer_gradients(student, batch.teacher, projection, *batch[2:], config)
+    assert not any(t.requires_grad for t in (*stored.terms, *stored[1:]))
+    assert len(stored.dsa_student) == len(stored.tokens) < len(student)
+    total = attach(student, projection, stored, 0.7, torch.tensor(-1.3))
+    torch.testing.assert_close(total, expected)
+    assert_same(grads([total], inputs), grads([expected], inputs))
+
+
+def test_bf16_gradients_come_in_the_dtype_of_their_inputs():
+    batch = random_batch(5, (7, 3, 9))
+    student, teacher = batch.student.bfloat16().requires_grad_(), batch.teacher.bfloat16()
+    projection = random(D_TEACHER, D_STUDENT, seed=8).float().requires_grad_()
+    stored = layer_gradients(student, teacher, projection, *batch[2:], MTAConfig())
+    assert stored.terms.dsa.dtype == torch.float32 and stored.dsa_student.dtype == torch.bfloat16
+    attach(student, projection, stored, 1.0, 1.0).backward()
+    assert student.grad.dtype == torch.bfloat16 and projection.grad.dtype == torch.float32
+    exact = layer_gradients(student.double(), teacher.double(), projection.double(), *batch[2:], MTAConfig())
+    torch.testing.assert_close(stored.hid_projection.double(), exact.hid_projection, rtol=1e-5, atol=1e-7)
+
+
+def published(student, teacher, projection, mask, config):
+    """The published formulation: one matrix over all spans of an equal-length batch with a same-sequence mask.
+
+    ``student`` [B, n, d_S], ``teacher`` [B, n, d_T], ``mask`` [B, K, n] of span members.
+    """
+
+    def token_weights(hidden):
+        scaled = hidden / (hidden.std(-1, keepdim=True) + 1e-5)
+        scores = scaled @ scaled.mT / hidden.shape[-1] ** 0.5
+        scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        return scores.softmax(-1).mean(1)
+
+    weights, own = token_weights(teacher), token_weights(student.detach())
+
+    def similarity(hidden, weights):
+        pooled = (mask * weights[:, None]) @ hidden / (mask * weights[:, None]).sum(-1, keepdim=True)
+        unit = torch.nn.functional.normalize(pooled.flatten(0, 1), dim=-1)
+        return unit @ unit.T
+
+    omega = (mask * weights[:, None]).sum(-1)
+    omega = (omega / omega.sum(1, keepdim=True)).flatten()
+    sequence = torch.arange(len(mask)).repeat_interleave(mask.shape[1])
+    pairs = (sequence[:, None] == sequence) & ~torch.eye(len(sequence), dtype=torch.bool)
+    pairs = torch.outer(omega, omega) * pairs
+    dsa = (pairs * (similarity(student, own) - similarity(teacher, weights)).square()).sum() / pairs.sum()
+    covered = weights * (mask.sum(1) > 0)
+    covered = covered / covered.sum(1, keepdim=True)
+    cosines = torch.cosine_similarity(student @ projection.T, teacher, dim=-1)
+    hid = (covered * (1 - cosines)).sum() / covered.sum()
+    return config.lambda_dsa * dsa + config.lambda_hid * hid
+
+
+def test_weighted_mean_is_the_published_formulation():
+    num_sequences, n, num_spans = 3, 10, 4
+    generator = torch.Generator().manual_seed(2)
+    starts = torch.randint(0, n - 3, (num_sequences, num_spans), generator=generator)
+    ends = starts + torch.randint(1, 4, starts.shape, generator=generator)
+    positions = torch.arange(n)
+    mask = ((positions >= starts[..., None]) & (positions < ends[..., None])).double()
+    student = random(num_sequences, n, D_STUDENT).requires_grad_()
+    teacher = random(num_sequences, n, D_TEACHER, seed=1)
+    config = MTAConfig(reduction="weighted_mean")
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["word"], config).double()
+    inputs = {"student": student, "projection": loss.projections[0].weight}
+    expected = published(student, teacher, inputs["projection"], mask, config)
+    offsets = torch.arange(num_sequences)[:, None] * n
+    spans = Spans((torch.stack([starts, ends], -1) + offsets[..., None]).flatten(0, 1), bounds([num_spans] * 3))
+    got, _ = loss([student.flatten(0, 1)], [teacher.flatten(0, 1)], bounds([n] * 3), {"word": spans})
+    torch.testing.assert_close(got, expected)
+    assert_same(grads([got], inputs), grads([expected], inputs))
+
+
+def counts_of(parts, micro):
+    """What an all-reduce of counts gives: the whole step's, and those of the micro-step ``micro`` belongs to."""
+    whole, here = ([count_sequences({"phrase": p.spans}) for p in each] for each in (parts, micro))
+
+    def total(counts, field):
+        return {"phrase": sum(getattr(c, field)["phrase"] for c in counts)}
+
+    return GlobalCounts(
+        sequences=sum(c.sequences for c in whole),
+        covered=total(whole, "covered"),
+        comparable=total(whole, "comparable"),
+        micro_comparable=total(here, "comparable"),
+    )
+
+
+def distributed_loss(micro_steps, projection, config, num_layers=2):
+    """One key layer's loss as ranks and accumulation steps compute it: DeepSpeed's mean of what each returns."""
+    parts = [part for micro in micro_steps for part in micro]
+    scale = len(parts)  # world_size · gradient_accumulation_steps
+    dsa_weight, hid_weight = layer_weights(config, num_layers)
+    returned = []
+    for micro in micro_steps:
+        counts = counts_of(parts, micro)
+        stored = [layer_gradients(p.student, p.teacher, projection, *p[2:], config) for p in micro]
+        normaliser = sum(s.terms.dsa_normaliser for s in stored)
+        for part, gradients in zip(micro, stored, strict=True):
+            dsa = dsa_weight * scale * dsa_scale(config, counts, "phrase", normaliser)
+            hid = hid_weight * scale * hid_scale(config, counts, "phrase")
+            returned.append(attach(part.student, projection, gradients, dsa, hid))
+    return sum(returned) / scale
+
+
+@pytest.mark.parametrize(
+    ("reduction", "sizes"),
+    [
+        *((r, s) for r in ("sequence_mean", "paper") for s in ([[2], [2], [2], [2]], [[1, 3], [3, 1]], [[5, 1, 2]])),
+        *(("weighted_mean", s) for s in ([[4, 4]], [[1, 7]], [[5, 1, 2]])),
+    ],
+    ids=str,
+)
+def test_the_loss_does_not_depend_on_the_split(reduction, sizes):
+    config = MTAConfig(reduction=reduction)
+    batch = random_batch(11, (6, 1, 9, 4, 12, 3, 5, 8))
+    inputs = {"student": batch.student.requires_grad_(), "projection": random(D_TEACHER, D_STUDENT, seed=8)}
+    inputs["projection"].requires_grad_()
+    whole = distributed_loss([[batch]], inputs["projection"], config)
+    parts = iter(split(batch, [size for micro in sizes for size in micro]))
+    micro_steps = [[next(parts) for _ in micro] for micro in sizes]
+    got = distributed_loss(micro_steps, inputs["projection"], config)
+    torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-12)
+    assert_same(grads([got], inputs), grads([whole], inputs), rtol=1e-8, atol=1e-11)
+
+
+def test_weighted_mean_over_accumulation_is_near_but_not_equal():
+    config = MTAConfig(reduction="weighted_mean", lambda_hid=0)
+    batch, projection = random_batch(11, (6, 1, 9, 4, 12, 3, 5, 8)), random(D_TEACHER, D_STUDENT, seed=8)
+    whole = distributed_loss([[batch]], projection, config)
+    got = distributed_loss([[part] for part in split(batch, [4, 4])], projection, config)
+    assert got != whole
+    torch.testing.assert_close(got, whole, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_rank_without_spans_returns_a_zero_that_depends_on_the_parameters(reduction):
+    config = MTAConfig(reduction=reduction)
+    none = Spans(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    student, projection = (
+        torch.ones(6, D_STUDENT, requires_grad=True),
+        torch.ones(D_TEACHER, D_STUDENT).requires_grad_(),
+    )
+    stored = layer_gradients(student, torch.ones(6, D_TEACHER), projection, bounds([4, 2]), none, config)
+    counts = count_sequences({"word": none})
+    dsa = dsa_scale(config, counts, "word", stored.terms.dsa_normaliser)
+    total = attach(student, projection, stored, dsa, hid_scale(config, counts, "word"))
+    assert total.item() == 0
+    assert all(g.eq(0).all() for g in torch.autograd.grad(total, (student, projection)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_mta_loss_combines_layers(reduction):
+    config = MTAConfig(lambda_dsa=3.0, lambda_hid=0.3, reduction=reduction)
+    names = ["word", "phrase", "phrase"]
+    loss = MTALoss(D_STUDENT, D_TEACHER, names, config).double()
+    assert list(loss.state_dict()) == [f"projections.{i}.weight" for i in range(3)]
+    base = random_batch(21, (7, 4, 9))
+    spans = {"word": base.spans, "phrase": random_batch(22, (7, 4, 9)).spans}
+    student = [random(20, D_STUDENT, seed=30 + i).requires_grad_() for i in range(3)]
+    teacher = [random(20, D_TEACHER, seed=40 + i) for i in range(3)]
+    total, values = loss(student, teacher, base.cu_seqlens, spans)
+    dsa_means, hid_means = [], []
+    for i, name in enumerate(names):
+        batch = Batch(student[i], teacher[i], base.cu_seqlens, spans[name])
+        dsa, normaliser, hid = layer_by_loops(batch, loss.projections[i].weight, config)
+        per_sequence = spans[name].cu_spans.diff()
+        covered, comparable = int((per_sequence >= 1).sum()), int((per_sequence >= 2).sum())
+        dsa_means.append(dsa / {"sequence_mean": comparable, "weighted_mean": normaliser, "paper": 3}[reduction])
+        hid_means.append(hid / (3 if reduction == "paper" else covered))
+        torch.testing.assert_close(values[f"dsa/{i}"], dsa_means[i].detach())
+        torch.testing.assert_close(values[f"hid/{i}"], hid_means[i].detach())
+    expected = 3.0 * sum(dsa_means) / 3 + 0.3 * sum(hid_means) / (1 if reduction == "paper" else 3)
+    torch.testing.assert_close(total, expected)
+    inputs = {f"student.{i}": s for i, s in enumerate(student)} | dict(loss.named_parameters())
+    assert_same(grads([total], inputs), grads([expected], inputs))
+
+
+def test_mta_loss_of_a_part_is_its_share():
+    batch = random_batch(11, (6, 1, 9, 4, 12, 3, 5, 8))
+    parts = split(batch, [3, 5])
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["phrase"]).double()
+
+    def run(part, counts=None):
+        return loss([part.student], [part.teacher], part.cu_seqlens, {"phrase": part.spans}, counts)[0]
+
+    shares = [run(part, counts_of(parts, [part])) for part in parts]
+    torch.testing.assert_close(sum(shares), run(batch))
+
+
+def test_wrong_arguments_are_named():
+    batch = random_batch(0, (4, 4))
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["word"]).double()
+    with pytest.raises(ValueError, match="want one for each of the 1 key layers"):
+        loss([], [batch.teacher], batch.cu_seqlens, {"word": batch.spans})
+    with pytest.raises(ValueError, match="spans: want those of word too"):
+        loss([batch.student], [batch.teacher], batch.cu_seqlens, {"phrase": batch.spans})
+    with pytest.raises(ValueError, match="teacher: must not require grad"):
+        loss([batch.student], [batch.teacher.requires_grad_()], batch.cu_seqlens, {"word": batch.spans})
+    with pytest.raises(ValueError, match="projection: want"):
+        layer_terms(batch.student, batch.teacher.detach(), random(3, 3), *batch[2:], MTAConfig())
+    with pytest.raises(ValueError, match="granularities: want one for each key layer"):
+        MTALoss(D_STUDENT, D_TEACHER, [])
+    with pytest.raises(ValueError, match="weighted_mean divides by"):
+        dsa_scale(MTAConfig(reduction="weighted_mean"), count_sequences({"word": batch.spans}), "word")
+
+
+@pytest.mark.parametrize(
+    "values", [{"reduction": "mean"}, {"lambda_dsa": -1}, {"num_layers": 0}, {"student_weights": 1}]
+)
+def test_wrong_configuration(values):
+    with pytest.raises(UsageError, match=f"mta.yaml: {next(iter(values))}: "):
+        validate(values, MTAConfig, where="mta.yaml")

@@ -1,0 +1,116 @@
+"""Divergences: golden values, and the closed-form gradients against autograd of the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mta_ds.ops import Divergence, divergence_values
+from mta_ds.ops.divergence import divergence_gradients
+
+TEACHER = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
+STUDENT = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+ALL = [
+    Divergence("fkl"),
+    Divergence("rkl"),
+    Divergence("tvd"),
+    Divergence("jsd", beta=0.0),
+    Divergence("jsd", beta=0.1),
+    Divergence("jsd"),
+    Divergence("jsd", beta=1.0),
+    Divergence("skl"),
+    Divergence("skl", alpha=0.7),
+    Divergence("srkl"),
+    Divergence("srkl", alpha=0.7),
+    Divergence("srkl", detach_mixture=True),
+]
+
+
+def values(student, teacher, divergence):
+    return divergence_values(student.log_softmax(-1), teacher.log_softmax(-1), divergence)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "golden"),
+    [
+        (Divergence("fkl"), 0.170640),
+        (Divergence("rkl"), 0.182282),
+        (Divergence("skl", alpha=0.1), 0.138244),
+        (Divergence("srkl", alpha=0.1), 0.143464),
+        (Divergence("srkl", alpha=0.1, detach_mixture=True), 0.143464),
+        (Divergence("tvd"), 0.281589),
+        (Divergence("jsd", beta=0.5), 0.043200),
+        (Divergence("jsd", beta=0.1), 0.015354),
+        (Divergence("jsd", beta=0.9), 0.016162),
+        (Divergence("jsd", beta=0.0), 0.170640),
+        (Divergence("jsd", beta=1.0), 0.182282),
+    ],
+)
+def test_golden_values(divergence, golden):
+    assert float(values(STUDENT, TEACHER, divergence)) == pytest.approx(golden, abs=1e-6)
+    closed, _ = divergence_gradients(STUDENT.log_softmax(-1), TEACHER.log_softmax(-1), divergence)
+    assert float(closed) == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("detach", "golden"), [(False, [-0.222102, 0.089965, 0.132137]), (True, [-0.249614, 0.096261, 0.153353])]
+)
+def test_golden_gradients_of_srkl(detach, golden):
+    divergence = Divergence("srkl", alpha=0.1, detach_mixture=detach)
+    _, gradient = divergence_gradients(STUDENT.log_softmax(-1), TEACHER.log_softmax(-1), divergence)
+    assert gradient[0].tolist() == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_closed_form_equals_autograd_of_the_definition(divergence):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(7, 33, generator=generator, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    expected = values(student, teacher, divergence)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), student)
+    log_q = student.detach().log_softmax(-1)
+    kept = log_q.clone()
+    got, gradient = divergence_gradients(log_q, teacher.log_softmax(-1), divergence)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert torch.equal(log_q, kept)
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_distributions_that_do_not_overlap_stay_finite_in_fp32(divergence):
+    student, teacher = torch.full((2, 5), -150.0), torch.full((2, 5), -150.0)
+    student[0, 0] = teacher[0, 4] = teacher[1, 1] = student[1, 1] = 150.0
+    exact = values(student.double(), teacher.double(), divergence)
+    got, gradient = divergence_gradients(student.log_softmax(-1), teacher.log_softmax(-1), divergence)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(values(student, teacher, divergence), got)
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=str)
+def test_equal_distributions_have_no_divergence_and_no_gradient(divergence):
+    log_p = torch.randn(3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    got, gradient = divergence_gradients(log_p, log_p.clone(), divergence)
+    torch.testing.assert_close(got, torch.zeros_like(got))
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "kl"}, "name: 'kl' is none of sft, fkl"),
+        ({"name": "skl", "alpha": 0.0}, "alpha: want 0 < alpha < 1"),
+        ({"name": "jsd", "beta": 1.5}, "beta: want 0 <= beta <= 1"),
+        ({"kd_ratio": -0.1}, "kd_ratio: want 0 <= kd_ratio <= 1"),
+        ({"vocab_size": 0}, "vocab_size: want a positive number"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Divergence(**options)
+
+
+def test_sft_compares_with_no_distribution():
+    assert not Divergence("sft").needs_teacher and not Divergence("fkl", kd_ratio=0.0).needs_teacher
+    with pytest.raises(ValueError, match="sft has no teacher distribution"):
+        values(STUDENT, TEACHER, Divergence("sft"))
