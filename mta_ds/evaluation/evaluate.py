@@ -156,9 +156,10 @@ def _losses(
 
 
 def _batches(dataset: EncodedDataset, size: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
-    for start in range(0, len(dataset), size):
-        examples = [dataset[index] for index in range(start, min(start + size, len(dataset)))]
-        yield collate(examples, pad_id).to(device)
+    """All examples, the longest first: alike lengths share a batch, and memory runs out early or not at all."""
+    order = sorted(range(len(dataset)), key=lambda index: len(dataset[index].input_ids), reverse=True)
+    for start in range(0, len(order), size):
+        yield collate([dataset[index] for index in order[start : start + size]], pad_id).to(device)
 
 
 @contextmanager
