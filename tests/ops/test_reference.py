@@ -175,6 +175,15 @@ def test_a_span_without_weight_pools_to_zeros():
     assert span_weights(weights, spans, bounds([1, 1])).tolist() == [0.0, 1.0]
 
 
+def test_spans_that_are_all_empty():
+    hidden, weights = random(3, 4).requires_grad_(), torch.full((3,), 1 / 3).double()
+    spans = torch.tensor([[1, 1], [3, 3]])
+    pooled = span_pool(hidden, weights, spans)
+    assert pooled.eq(0).all() and torch.autograd.grad(pooled.sum(), hidden)[0].eq(0).all()
+    assert covered_tokens(spans, 3).tolist() == []
+    assert span_weights(weights, spans, bounds([2])).tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("num_spans", [0, 1])
 def test_a_sequence_with_fewer_than_two_spans_has_an_exact_zero(num_spans):
     student = random(num_spans, 4).requires_grad_()
