@@ -8,41 +8,32 @@ merges: counts duplicates on disk and writes the manifest.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import sqlite3
 import sys
-import tempfile
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from mta_ds.config import Section
+from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
 from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.spans.parser import Parse, Parser, Sentence, load_parser
+from mta_ds.spans.merge import complete_part, merge, reject_log
+from mta_ds.spans.parser import Constituent, Parse, Parser, Sentence, load_parser
 from mta_ds.spans.records import Record, Reject, input_files, read_records, text_hash
 from mta_ds.spans.segment import Segment, segment, split_to_fit
-from mta_ds.spans.store import (
-    ROWS_PER_GROUP,
-    SCHEMA,
-    SCHEMA_VERSION,
-    Counts,
-    Manifest,
-    ParserInfo,
-    Part,
-    check_part,
-    part_name,
-)
+from mta_ds.spans.store import ROWS_PER_GROUP, SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, part_name
 
-_CACHED_SENTENCES = 50_000
+# What goes through the parser at once, and what is held until it is written: bounds memory whatever the texts' length.
+_ROWS_AT_ONCE = 512
+_WORDS_AT_ONCE = 20_000
+_WORDS_PER_GROUP = 250_000
+_CACHED_SENTENCES = 10_000
 
 
 class ParseConfig(Section):
@@ -59,6 +50,26 @@ class ParseConfig(Section):
     """Share of bad rows above which the stage fails."""
 
 
+class _File(Section):
+    """The part of a run's YAML that this stage reads."""
+
+    model_config = ConfigDict(extra="ignore")
+    parse: ParseConfig
+
+
+def resolve_config(path: Path | None, overrides: Sequence[str], options: Mapping[str, Any]) -> ParseConfig:
+    """The stage's configuration: a YAML's section ``parse``, if a file is named, and the command's own options over it.
+
+    Raises:
+        UsageError: a key or value is wrong, or inputs or output are missing.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if path is None:
+        return validate(given, ParseConfig, where="mta-ds parse")
+    base = load(path, _File, overrides).parse
+    return validate(base.model_dump() | given, ParseConfig, where=str(path))
+
+
 class _Row(NamedTuple):
     """One field of one record on its way through the parser."""
 
@@ -66,6 +77,11 @@ class _Row(NamedTuple):
     field: str
     text: str
     parts: list[tuple[Segment, bool]]
+    """Its sentences in order, and whether the parser takes each."""
+
+    @property
+    def num_words(self) -> int:
+        return sum(len(part.ranges) for part, _ in self.parts)
 
 
 def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | None:
@@ -82,49 +98,27 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
         raise UsageError(
             f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
         )
+    _refuse_output_in_input(config)
     parser = load_parser(config.parser)
-    store = _claim_store(config, parser)
-    for index in range(config.num_shards) if shard_index is None else (shard_index,):
-        part = _complete_part(config.output, index, config.num_shards)
-        if part is None:
-            part = _parse_shard(config, parser, store, index)
-    return merge(config)
-
-
-def merge(config: ParseConfig) -> Manifest | None:
-    """Write the manifest if all parts are there and the bad rows few enough; None while parts are missing."""
-    parts = [_complete_part(config.output, i, config.num_shards) for i in range(config.num_shards)]
-    complete = [part for part in parts if part is not None]
-    if len(complete) < config.num_shards:
-        return None
-    identity = json.loads((config.output / "store.json").read_text(encoding="utf-8"))
-    counts = sum((part.counts for part in complete), Counts())
-    duplicates, conflicts = _find_duplicates(config.output, complete)
-    counts = counts.model_copy(
-        update={
-            "records": counts.records - duplicates - len(conflicts),
-            "duplicates": duplicates,
-            "rejects": counts.rejects + len(conflicts),
-        }
-    )
-    _write_rejects(config.output / "rejects-duplicates.jsonl", conflicts)
-    _refuse_many_rejects(config, counts)
-    if counts.records == 0:
-        raise UserError(f"{', '.join(config.inputs)}: no records")
-    manifest = Manifest(parts=tuple(complete), counts=counts, **identity)
-    path = config.output / "manifest.json"
-    text = manifest.model_dump_json(indent=1) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_atomic(path, text)
-    return manifest
-
-
-def _claim_store(config: ParseConfig, parser: Parser) -> ParserInfo:
-    """Write down what the store is made of, or check that it is the same as before."""
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
+    _claim_store(config, info)
+    for index in range(config.num_shards) if shard_index is None else (shard_index,):
+        if complete_part(config.output, index, config.num_shards) is None:
+            _parse_shard(config, parser, info, index)
+    return merge(config.output, config.inputs, config.num_shards, config.max_reject_share)
+
+
+def _refuse_output_in_input(config: ParseConfig) -> None:
+    for source in config.inputs:
+        if Path(source).is_dir() and config.output.resolve().is_relative_to(Path(source).resolve()):
+            raise UsageError(f"{config.output}: lies in the input folder {source}, and would be read as records")
+
+
+def _claim_store(config: ParseConfig, parser: ParserInfo) -> None:
+    """Write down what the store is made of, or check that it is the same as before."""
     identity = {
         "schema_version": SCHEMA_VERSION,
-        "parser": info.model_dump(),
+        "parser": parser.model_dump(),
         "num_shards": config.num_shards,
         "inputs": _fingerprint_inputs(config.inputs),
     }
@@ -134,84 +128,70 @@ def _claim_store(config: ParseConfig, parser: Parser) -> ParserInfo:
             write_atomic(path, json.dumps(identity, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{config.output}: cannot write the span store: {error.strerror}") from None
-        return info
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differences = {
-        "schema_version": f"schema {before['schema_version']}",
-        "num_shards": f"{before['num_shards']} shards",
-        "inputs": "other inputs",
-    }
-    for key, what in differences.items():
-        if before[key] != identity[key]:
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = {
+            f"schema {before['schema_version']}": before["schema_version"] != SCHEMA_VERSION,
+            f"{before['num_shards']} shards": before["num_shards"] != config.num_shards,
+            "other inputs": before["inputs"] != identity["inputs"],
+            f"another parser ('{before['parser']['name']}', this is '{parser.name}')": before["parser"]["fingerprint"]
+            != parser.fingerprint,
+        }
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; remove the folder and parse again") from None
+    for what, differs in other.items():
+        if differs:
             raise UserError(f"{config.output}: already holds a store of {what}; choose another output or remove it")
-    if before["parser"]["fingerprint"] != info.fingerprint:
-        raise UserError(
-            f"{config.output}: already holds a store made by another parser ('{before['parser']['name']}', this is "
-            f"'{info.name}'); choose another output or remove it"
-        )
-    return info
 
 
 def _fingerprint_inputs(inputs: Iterable[str]) -> str:
-    """Names and sizes of the input files, in order: what decides which record is whose."""
-    seen = [[f"{f.name}:{f.stat().st_size}" for f in input_files(source)] or [source] for source in inputs]
+    """Names and content of the input files, in order: what decides which record is in which part.
+
+    Every task reads all of its input anyway; hashing costs less than that.
+    """
+    seen: list[list[str]] = []
+    for source in inputs:
+        files = input_files(source)
+        if not files and Path(source).is_dir():  # saved by ``datasets``
+            files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+        seen.append([f"{file.name}:{sha256(file)}" for file in files] or [source])
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def _complete_part(output: Path, index: int, num_shards: int) -> Part | None:
-    """The part if it is complete; UserError if it was and is damaged now."""
-    sidecar = output / f"{part_name(index, num_shards)}.json"
-    if not sidecar.is_file():
-        return None
-    try:
-        part = Part.model_validate_json(sidecar.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError):
-        sidecar.unlink()  # it says nothing about the part any more: make it again
-        return None
-    if not (output / part.file).is_file():
-        sidecar.unlink()
-        return None
-    check_part(output, part, full=False)
-    return part
-
-
-def _parse_shard(config: ParseConfig, parser: Parser, info: ParserInfo, index: int) -> Part:
+def _parse_shard(config: ParseConfig, parser: Parser, info: ParserInfo, index: int) -> None:
     name = part_name(index, config.num_shards)
     path = config.output / f"{name}.parquet"
     metadata = {"mta_ds.schema_version": str(SCHEMA_VERSION), "mta_ds.parser": info.model_dump_json()}
     schema = SCHEMA.with_metadata(metadata)
-    rejects: list[Reject] = []
     tally: Counter[str] = Counter()
     progress = _Progress(f"shard {index + 1}/{config.num_shards}")
-    sentences = _Sentences(parser)
+    records = read_records(config.inputs, num_shards=config.num_shards, shard_index=index)
     try:
-        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            records = read_records(config.inputs, num_shards=config.num_shards, shard_index=index)
-            rows = _rows(records, parser, rejects, tally, progress)
-            while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
-                writer.write_table(_to_table(group, sentences, tally, schema))
+        with (
+            reject_log(config.output / f"rejects-{name.removeprefix('part-')}.jsonl") as reject,
+            atomic_path(path) as temporary,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+        ):
+            rows = _rows(progress.count(records), parser, reject, tally)
+            for table in _row_groups(rows, _Sentences(parser), tally, schema):
+                writer.write_table(table)
+        part = Part(file=path.name, rows=tally["fields"], sha256=sha256(path), counts=Counts(**tally))
+        write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
-    progress.close()
-    tally["rejects"] = len(rejects)
-    _write_rejects(config.output / f"rejects-{name.removeprefix('part-')}.jsonl", rejects)
-    part = Part(file=path.name, rows=tally["fields"], sha256=sha256(path), counts=Counts(**tally))
-    write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
-    return part
+    finally:
+        progress.close()
 
 
 def _rows(
-    records: Iterator[Record | Reject],
-    parser: Parser,
-    rejects: list[Reject],
-    tally: Counter[str],
-    progress: _Progress,
+    records: Iterator[Record | Reject], parser: Parser, reject: Callable[[Reject], None], tally: Counter[str]
 ) -> Iterator[_Row]:
     """One row a field, its sentences cut to what the parser takes."""
     for record in records:
-        progress.advance()
         if isinstance(record, Reject):
-            rejects.append(record)
+            tally["rejects"] += 1
+            reject(record)
             continue
         tally["records"] += 1
         for field, text in record.fields.items():
@@ -223,6 +203,36 @@ def _rows(
                 tally["unparsed"] += sum(not fits for _, fits in pieces)
                 parts += pieces
             yield _Row(record.id, field, text, parts)
+
+
+def _row_groups(
+    rows: Iterator[_Row], sentences: _Sentences, tally: Counter[str], schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Tables of a row group each, parsed in smaller batches."""
+    tables: list[pa.Table] = []
+    num_rows = num_words = 0
+    for batch in _batches(rows):
+        tables.append(_to_table(batch, sentences, tally, schema))
+        num_rows += len(batch)
+        num_words += sum(row.num_words for row in batch)
+        if num_rows >= ROWS_PER_GROUP or num_words >= _WORDS_PER_GROUP:
+            yield pa.concat_tables(tables).combine_chunks()
+            tables, num_rows, num_words = [], 0, 0
+    if tables:
+        yield pa.concat_tables(tables).combine_chunks()
+
+
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    batch: list[_Row] = []
+    num_words = 0
+    for row in rows:
+        batch.append(row)
+        num_words += row.num_words
+        if len(batch) == _ROWS_AT_ONCE or num_words >= _WORDS_AT_ONCE:
+            yield batch
+            batch, num_words = [], 0
+    if batch:
+        yield batch
 
 
 class _Sentences:
@@ -241,93 +251,73 @@ class _Sentences:
         return parses
 
 
-def _to_table(group: list[_Row], sentences: _Sentences, tally: Counter[str], schema: pa.Schema) -> pa.Table:
-    """Parse a group of rows, across records, and lay them out by the store's schema."""
-    parses = iter(sentences.parse([part.sentence for row in group for part, fits in row.parts if fits]))
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    for row in group:
-        words: list[dict[str, int]] = []
-        tags: list[str] = []
-        constituents: list[dict[str, Any]] = []
-        bounds = [0]
-        for part, fits in row.parts:
-            found = next(parses) if fits else Parse(("",) * len(part.ranges), ())
-            constituents += [
-                {"start_word": c.start_word + bounds[-1], "end_word": c.end_word + bounds[-1]}
-                | {"label": c.label, "height": c.height}
+class _Columns:
+    """The store's list columns, flat, as they grow row by row."""
+
+    def __init__(self) -> None:
+        self.offsets: dict[str, list[int]] = {name: [0] for name in ("sentences", "words", "constituents")}
+        self.bounds: list[int] = []
+        self.words: list[tuple[int, int]] = []
+        self.tags: list[str] = []
+        self.constituents: list[Constituent] = []
+
+    def add(self, parts: Iterable[tuple[Segment, Parse]]) -> None:
+        """Append one row; word numbers of sentences become word numbers of the field."""
+        first_word = len(self.words)
+        self.bounds.append(0)
+        for part, found in parts:
+            base = len(self.words) - first_word
+            self.constituents += (
+                c._replace(start_word=c.start_word + base, end_word=c.end_word + base) if base else c
                 for c in found.constituents
-            ]
-            words += [{"start": start, "end": end} for start, end in part.ranges]
-            tags += found.tags
-            bounds.append(len(words))
-        values = (row.record_id, row.field, text_hash(row.text), len(row.text), bounds, words, tags, constituents)
-        for name, value in zip(schema.names, values, strict=True):
-            columns[name].append(value)
-        tally.update(sentences=len(row.parts), words=len(words), constituents=len(constituents))
-    return pa.Table.from_pydict(columns, schema=schema)
+            )
+            self.words += part.ranges
+            self.tags += found.tags
+            self.bounds.append(len(self.words) - first_word)
+        self.offsets["sentences"].append(len(self.bounds))
+        self.offsets["words"].append(len(self.words))
+        self.offsets["constituents"].append(len(self.constituents))
+
+    def arrays(self) -> dict[str, pa.Array]:
+        """The columns by name, in the schema's types."""
+        return {
+            "sentences": self._lists("sentences", pa.array(self.bounds, pa.int32())),
+            "words": self._lists("words", self._structs("words", self.words)),
+            "tags": self._lists("words", pa.array(self.tags, pa.string())),
+            "constituents": self._lists("constituents", self._structs("constituents", self.constituents)),
+        }
+
+    def _lists(self, offsets: str, values: pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(self.offsets[offsets], pa.int32()), values)
+
+    @staticmethod
+    def _structs(name: str, rows: Sequence[tuple[Any, ...]]) -> pa.Array:
+        fields = list(SCHEMA.field(name).type.value_type)
+        columns = zip(*rows, strict=True) if rows else ((),) * len(fields)
+        return pa.StructArray.from_arrays(
+            [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)], fields=fields
+        )
 
 
-def _find_duplicates(output: Path, parts: list[Part]) -> tuple[int, list[Reject]]:
-    """Records whose id came before: how many with equal content, and a reject for each with other content.
-
-    On disk, so that memory stays flat over any corpus.
-    """
-    equal, conflicts = 0, []
-    with tempfile.TemporaryDirectory(dir=output) as folder, closing(sqlite3.connect(Path(folder) / "ids")) as ids:
-        ids.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, content BLOB) WITHOUT ROWID")
-        for where, record_id, content in _contents(output, parts):
-            if ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (record_id, content)).rowcount:
-                continue
-            (before,) = ids.execute("SELECT content FROM ids WHERE id = ?", (record_id,)).fetchone()
-            if before == content:
-                equal += 1
-            else:
-                conflicts.append(Reject(where, "duplicate id with other content", record_id))
-    return equal, conflicts
-
-
-def _contents(output: Path, parts: list[Part]) -> Iterator[tuple[str, str, bytes]]:
-    """(part file, record id, hash of all fields) of every record in the parts."""
-    columns = ["record_id", "field", "text_hash"]
-    for part in parts:
-        record_id, digest, fields = None, hashlib.sha256(), set()
-        for batch in pq.ParquetFile(output / part.file).iter_batches(columns=columns):
-            for row_id, field, text in zip(*(batch[c].to_pylist() for c in columns), strict=True):
-                # a field that comes again is the next record under the same id
-                if row_id != record_id or field in fields:
-                    if record_id is not None:
-                        yield part.file, record_id, digest.digest()
-                    record_id, digest, fields = row_id, hashlib.sha256(), set()
-                fields.add(field)
-                digest.update(field.encode() + b"\0" + text)
-        if record_id is not None:
-            yield part.file, record_id, digest.digest()
-
-
-def _write_rejects(path: Path, rejects: list[Reject]) -> None:
-    """One JSON line a reject; no file where there is none."""
-    if rejects:
-        lines = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects]
-        write_atomic(path, "".join(lines))
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _refuse_many_rejects(config: ParseConfig, counts: Counts) -> None:
-    total = counts.records + counts.rejects
-    if counts.rejects <= config.max_reject_share * total:
-        return
-    rejects = [
-        json.loads(line)
-        for path in sorted(config.output.glob("rejects-*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-    ]
-    reasons = Counter(reject["reason"].partition(":")[0] for reject in rejects)
-    listed = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common(4))
-    raise UserError(
-        f"{rejects[0]['where']}: {rejects[0]['reason']}; {counts.rejects} of {total} rows are bad ({listed}; see "
-        f"{config.output}/rejects-*.jsonl); mend them, or allow them with --max-reject-share"
+def _to_table(batch: list[_Row], sentences: _Sentences, tally: Counter[str], schema: pa.Schema) -> pa.Table:
+    """Parse a batch of rows, across records, and lay them out by the store's schema."""
+    parses = iter(sentences.parse([part.sentence for row in batch for part, fits in row.parts if fits]))
+    columns = _Columns()
+    for row in batch:
+        columns.add((part, next(parses) if fits else Parse(("",) * len(part.ranges), ())) for part, fits in row.parts)
+    tally.update(
+        sentences=sum(len(row.parts) for row in batch),
+        words=len(columns.words),
+        constituents=len(columns.constituents),
     )
+    arrays = {
+        "record_id": pa.array([row.record_id for row in batch], pa.string()),
+        "field": pa.array([row.field for row in batch], pa.string()),
+        "text_hash": pa.array([text_hash(row.text) for row in batch], pa.binary(16)),
+        "num_chars": pa.array([len(row.text) for row in batch], pa.int32()),
+        **columns.arrays(),
+    }
+    return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
 
 class _Progress:
@@ -346,7 +336,13 @@ class _Progress:
             self._task = self._bar.add_task(f"parse {name}", total=None, rate=0.0)
             self._bar.start()
 
-    def advance(self) -> None:
+    def count(self, records: Iterable[Record | Reject]) -> Iterator[Record | Reject]:
+        """Pass the records on and count them."""
+        for record in records:
+            yield record
+            self._advance()
+
+    def _advance(self) -> None:
         self._count += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self._count, rate=self._rate())

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
+import zstandard
 
 from mta_ds.errors import UserError
 from mta_ds.files import belongs_to_shard
@@ -29,6 +31,7 @@ Format = Literal["instruction", "prompt", "messages", "preference", "text"]
 _RESPONSES = ("response", "output", "completion")
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _SUFFIXES = (*_LINES, ".parquet")
+_READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def read_records(inputs: Sequence[str], *, num_shards: int = 1, shard_index: int
     for source in inputs:
         for where, row in _rows(source):
             if belongs_to_shard(next(ordinal), num_shards, shard_index):
-                yield parse_row(row, where)
+                yield parse_row(_decode(row) if isinstance(row, bytes) else row, where)
 
 
 def text_hash(text: str) -> bytes:
@@ -91,21 +94,20 @@ def input_files(source: str) -> list[Path]:
         UserError: a path that is not there, a glob or folder without record files.
     """
     path = Path(source).expanduser()
+    if _saved_dataset(source) is not None:
+        return []
     if path.is_file():
         if not path.name.endswith(_SUFFIXES):
             raise UserError(f"{source}: not a record file; want one of {', '.join(_SUFFIXES)}")
         return [path]
     if path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            return []
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
     elif glob.has_magic(source):
         files = sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.name.endswith(_SUFFIXES))
     else:
-        files = []
         if _looks_like_a_path(source):
             raise UserError(f"{source}: no such file{_nearest(path)}")
-        return files
+        return []
     if not files:
         raise UserError(f"{source}: no record file there; want {', '.join(_SUFFIXES)}")
     return files
@@ -163,7 +165,7 @@ def _messages(messages: Any) -> tuple[Format, dict[str, str], tuple[str, ...], t
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _BadRow(f"messages[{i}]: want an object with role and content")
         fields[f"messages.{i}"] = _text(message, "content")
-        roles.append(message["role"])
+        roles.append(_clean(message["role"], "role"))
     last = fields[f"messages.{len(roles) - 1}"]
     return "messages", fields, tuple(roles), (last,) if roles[-1] == "assistant" and last else ()
 
@@ -204,11 +206,11 @@ def _given_id(row: dict[str, Any]) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise _BadRow(f"id: want a string or a whole number, got {value!r:.40}")
-    return str(value)
+    return _clean(str(value), "id")
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    """(where, decoded row) of one input, in a fixed order."""
+    """(where, row) of one input, in a fixed order; a line comes undecoded, as another shard may have to decode it."""
     files = input_files(source)
     if not files:
         yield from _dataset_rows(source)
@@ -221,9 +223,9 @@ def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}:{number}", _decode(line)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot read: {error}") from None
+                    yield f"{path}:{number}", line
+    except _READ_ERRORS as error:
+        raise UserError(f"{path}: cannot read: {' '.join(str(error).split())}") from None
 
 
 def _decode(line: bytes) -> Any:
@@ -239,9 +241,7 @@ def _open(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True))
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
     return open(path, "rb")
 
 
@@ -260,21 +260,36 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     name, _, split = source.partition(":")
+    folder = _saved_dataset(source)
     try:
-        if Path(name).is_dir():
-            loaded = datasets.load_from_disk(name)
+        if folder is not None:
+            split = source.removeprefix(str(folder)).lstrip(":")
+            loaded = datasets.load_from_disk(str(folder))
             rows = loaded[split or "train"] if isinstance(loaded, dict) else loaded
         else:
             rows = datasets.load_dataset(name, split=split or "train", streaming=True)
     except Exception as error:  # datasets raises its own, the hub's and the file system's errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{source}: no such file, folder or data set ({reason})") from None
+        near = _nearest(Path(source))
+        raise UserError(f"{source}: no such file, folder or data set ({reason}){near}") from None
     for number, row in enumerate(rows, 1):
         yield f"{source}:{number}", dict(row)
 
 
+def _saved_dataset(source: str) -> Path | None:
+    """The folder, if ``source`` is one that ``datasets`` saved, with or without ":split"."""
+    for name in (source, source.rpartition(":")[0]):
+        folder = Path(name).expanduser()
+        if name and any((folder / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
+            return folder
+    return None
+
+
 def _looks_like_a_path(source: str) -> bool:
-    return source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    """Whether ``source`` cannot be meant as the name of a data set ("name" or "owner/name")."""
+    if source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return True
+    return "/" in source and Path(source).parent.is_dir()
 
 
 def _nearest(path: Path) -> str:

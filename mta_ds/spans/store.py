@@ -3,6 +3,8 @@
     part-00000-of-00064.parquet    one row a (record, field): words, tags, sentences, all constituents
     part-00000-of-00064.json       its rows, counts and SHA-256, written after it: the part is complete
     rejects-00000-of-00064.jsonl   rows of the input that were no records
+    rejects-duplicates.jsonl       records whose id another record has, with other content
+    store.json                     what the store is made of, written first: inputs, parser, number of shards
     manifest.json                  written last: the store is complete
 
 Parquet cannot serve random rows (a whole row group is decoded for each), so the first reader makes an uncompressed,
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +30,7 @@ from pydantic import ValidationError
 
 from mta_ds.config import Section
 from mta_ds.errors import UserError
-from mta_ds.files import atomic_folder, sha256
+from mta_ds.files import fsync_directory, fsync_file, sha256
 from mta_ds.spans.records import text_hash as hash_text
 
 SCHEMA_VERSION = 1
@@ -67,7 +71,8 @@ class ParserInfo(Section):
 
 
 class Counts(Section):
-    """What a part, or the whole store, holds."""
+    """What a part, or the whole store, holds; records that came twice count once in the store's ``records``, but their
+    rows stay in the parts and in the other counts."""
 
     records: int = 0
     fields: int = 0
@@ -77,7 +82,7 @@ class Counts(Section):
     split: int = 0
     """Sentences too long for the parser, which were cut."""
     unparsed: int = 0
-    """Pieces that the parser does not take: words without constituents."""
+    """Runs of words that the parser does not take: words without constituents."""
     rejects: int = 0
     duplicates: int = 0
     """Records that came again with the same id and content."""
@@ -102,7 +107,7 @@ class Manifest(Section):
     parser: ParserInfo
     num_shards: int
     inputs: str
-    """Fingerprint of the inputs' names and sizes."""
+    """Fingerprint of the inputs' names and content."""
     parts: tuple[Part, ...]
     counts: Counts
 
@@ -138,10 +143,7 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: no such span store; 'mta-ds parse' makes one")
     file = path / "manifest.json"
     if not file.is_file():
-        done = len(list(path.glob("part-*.json")))
-        raise UserError(
-            f"{path}: not a complete span store: no manifest.json, {done} parts are done; run 'mta-ds parse' again"
-        )
+        raise UserError(f"{path}: not a complete span store, it has no manifest.json; {_what_is_missing(path)}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         version = values.get("schema_version")
@@ -150,6 +152,18 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(values)
     except (ValueError, AttributeError, ValidationError) as error:
         raise UserError(f"{file}: damaged: {str(error).splitlines()[0]}; run 'mta-ds parse' again") from None
+
+
+def _what_is_missing(path: Path) -> str:
+    try:
+        num_shards = int(json.loads((path / "store.json").read_text(encoding="utf-8"))["num_shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "'mta-ds parse' makes a store"
+    missing = [str(i) for i in range(num_shards) if not (path / f"{part_name(i, num_shards)}.json").is_file()]
+    if not missing:
+        return "all its shards are done: run 'mta-ds parse' again to see why they were not merged"
+    listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+    return f"{len(missing)} of {num_shards} shards are missing ({listed}): run 'mta-ds parse' again"
 
 
 def check_part(path: Path, part: Part, full: bool) -> None:
@@ -210,18 +224,20 @@ class SpanStore:
         Raises:
             UserError: the store was parsed from another text under this id.
         """
-        key = _key(record_id, field)
+        key, wanted = _key(record_id, field), hash_text(text)
+        other_text = False
         at = int(np.searchsorted(self._keys, key))
         while at < len(self._keys) and self._keys[at] == key:
             found = self._units_at(int(self._rows[at]), record_id, field)
-            if found is not None:
-                if found.text_hash != hash_text(text):
-                    raise UserError(
-                        f"record {record_id}: its field '{field}' is not the text that {self.path} was parsed from; "
-                        "parse these records into a store of their own"
-                    )
+            if found is not None and found.text_hash == wanted:
                 return found
+            other_text |= found is not None
             at += 1
+        if other_text:
+            raise UserError(
+                f"record {record_id}: its field '{field}' is not the text that {self.path} was parsed from; "
+                "parse these records into a store of their own"
+            )
         return None
 
     def _units_at(self, row: int, record_id: str, field: str) -> Units | None:
@@ -274,20 +290,40 @@ def _cache_folder(path: Path) -> Path:
 
 
 def _build_cache(path: Path, manifest: Manifest, cache: Path) -> None:
+    """Build the reader's copy beside its place and rename it there; of processes that do so at once the first wins."""
+    folder = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        _write_cache(path, manifest, folder)
+        for file in folder.iterdir():
+            fsync_file(file)
+        fsync_directory(folder)
+        try:
+            # A folder that is not empty cannot be renamed over: nobody's open copy is ever replaced.
+            folder.rename(cache)
+        except OSError:
+            if not cache.is_dir():
+                raise
+        fsync_directory(cache.parent)
+    except OSError as error:
+        raise UserError(f"{cache}: cannot write the span store's index: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_cache(path: Path, manifest: Manifest, folder: Path) -> None:
     labels, tags = _Names(), _Names()
     keys: list[np.ndarray] = []
-    with atomic_folder(cache) as folder:
-        with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, _CACHE_SCHEMA) as writer:
-            for batch in _part_batches(path, manifest):
-                writer.write_batch(_flatten(batch, labels, tags))
-                pairs = zip(batch["record_id"].to_pylist(), batch["field"].to_pylist(), strict=True)
-                keys.append(np.array([_key(*pair) for pair in pairs], dtype=np.uint64))
-        every = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
-        # stable: of equal duplicates the first is found first
-        order = np.argsort(every, kind="stable")
-        np.save(folder / "keys.npy", every[order])
-        np.save(folder / "rows.npy", order)
-        (folder / "names.json").write_text(json.dumps({"labels": labels.names, "tags": tags.names}), encoding="utf-8")
+    with open(folder / "rows.arrow", "wb") as sink, pa.ipc.new_file(sink, _CACHE_SCHEMA) as writer:
+        for batch in _part_batches(path, manifest):
+            writer.write_batch(_flatten(batch, labels, tags))
+            pairs = zip(batch["record_id"].to_pylist(), batch["field"].to_pylist(), strict=True)
+            keys.append(np.array([_key(*pair) for pair in pairs], dtype=np.uint64))
+    every = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+    order = np.argsort(every, kind="stable")
+    np.save(folder / "keys.npy", every[order])
+    np.save(folder / "rows.npy", order)
+    (folder / "names.json").write_text(json.dumps({"labels": labels.names, "tags": tags.names}), encoding="utf-8")
 
 
 def _part_batches(path: Path, manifest: Manifest) -> Iterator[pa.RecordBatch]:
