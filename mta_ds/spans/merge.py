@@ -13,8 +13,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -68,17 +69,20 @@ def complete_part(output: Path, index: int, num_shards: int) -> Part | None:
 @contextmanager
 def reject_log(path: Path) -> Iterator[Callable[[Reject], None]]:
     """Yield a function that writes one JSON line a reject; no file remains where there is none."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with ExitStack() as stack:
+        file: BinaryIO | None = None
 
         def log(reject: Reject) -> None:
+            nonlocal file
+            if file is None:
+                file = stack.enter_context(open(stack.enter_context(atomic_path(path)), "wb"))
             line = json.dumps(reject._asdict(), ensure_ascii=False) + "\n"
             # a lone surrogate (in a file's name) becomes the JSON escape that it is
             file.write(line.encode("utf-8", "backslashreplace"))
 
         yield log
-        file.flush()
-    if path.stat().st_size == 0:
-        path.unlink()
+        if file is None:
+            path.unlink(missing_ok=True)
 
 
 def _merge_counts(output: Path, inputs: Sequence[str], parts: Sequence[Part]) -> Counts:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import difflib
 import glob
-import gzip
 import hashlib
 import io
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from mta_ds.errors import UserError
 from mta_ds.files import belongs_to_shard
@@ -31,7 +29,6 @@ Format = Literal["instruction", "prompt", "messages", "preference", "text"]
 _RESPONSES = ("response", "output", "completion")
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _SUFFIXES = (*_LINES, ".parquet")
-_READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +221,7 @@ def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", line
-    except _READ_ERRORS as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot read: {' '.join(str(error).split())}") from None
 
 
@@ -237,12 +234,9 @@ def _decode(line: bytes) -> Any:
         return _BadRow(f"bad JSON: {error}")
 
 
-def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
-    return open(path, "rb")
+def _open(path: Path) -> io.BufferedReader:
+    """Arrow's streams read on over members and frames, and raise where a file is cut off (zstandard's do not)."""
+    return io.BufferedReader(pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(path.suffix)))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mta_ds.errors import UsageError, UserError
+from mta_ds.spans import parse as module
+from mta_ds.spans.parse import ParseConfig, parse, resolve_config
+from mta_ds.spans.parser import BUNDLED, Constituent, Parse, Sentence
+from mta_ds.spans.store import Manifest, SpanStore
+
+HOSTILE = [
+    "\0",
+    "\u200b\u200b",
+    "é́́ 👩‍👩‍👧 \u202eabc\u202c",
+    "x" * 5_000,
+    "word " * 2_000,
+    "מה? \r\n\r\n - y",
+    "a, " * 900,
+]
+
+
+class RightBranching:
+    """A small parser: every suffix of a sentence is a constituent. Takes no sentence over 40 words, no word "??"."""
+
+    name = "right"
+
+    def __init__(self, fingerprint: str = "f", delay: float = 0.0) -> None:
+        self.fingerprint = fingerprint
+        self.versions = {"right": "1"}
+        self.delay = delay
+        self.parsed: list[Sentence] = []
+
+    def fits(self, sentence: Sentence) -> bool:
+        return len(sentence.words) <= 40 and "??" not in sentence.words
+
+    def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
+        time.sleep(self.delay)
+        self.parsed += sentences
+        return [self._parse(len(sentence.words)) for sentence in sentences]
+
+    @staticmethod
+    def _parse(n: int) -> Parse:
+        labels = ["S", *("VP" if i % 2 else "NP" for i in range(1, n))]
+        return Parse(("X",) * n, tuple(Constituent(i, n, labels[i], n - i) for i in range(n)))
+
+
+@pytest.fixture
+def parser(monkeypatch: pytest.MonkeyPatch) -> RightBranching:
+    instance = RightBranching()
+    monkeypatch.setattr(module, "load_parser", lambda spec: instance)
+    return instance
+
+
+def write(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def records(n: int) -> list[dict[str, Any]]:
+    return [{"id": f"r{i}", "instruction": f"Say {i}. Go, or stay!", "output": "A big cat. " * i} for i in range(n)]
+
+
+def rows(store: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    table = pa.concat_tables(pq.read_table(part) for part in sorted(store.glob("*.parquet")))
+    return {(row["record_id"], row["field"]): row for row in table.to_pylist()}
+
+
+def parts(store: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in store.iterdir() if p.is_file() and not p.name.startswith(".")}
+
+
+def rejects(store: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in sorted(store.glob("rejects-*")) for line in path.read_text().splitlines()]
+
+
+def done(manifest: Manifest | None) -> Manifest:
+    assert manifest is not None
+    return manifest
+
+
+def test_constituents_count_words_of_the_field(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", [{"id": "a", "text": "It rains. We stay here"}])
+    counts = done(parse(ParseConfig(inputs=(source,), output=tmp_path / "s"))).counts
+    assert (counts.records, counts.fields, counts.sentences, counts.words, counts.constituents) == (1, 1, 2, 6, 6)
+    units = SpanStore.open(tmp_path / "s").units("a", "text", "It rains. We stay here")
+    assert units is not None
+    assert units.sentences.tolist() == [0, 3, 6]
+    assert units.constituents.tolist() == [[0, 3, 3], [1, 3, 2], [2, 3, 1], [3, 6, 3], [4, 6, 2], [5, 6, 1]]
+    assert units.labels == ["S", "VP", "NP", "S", "VP", "NP"]
+
+
+def test_long_sentences_are_split_and_odd_words_get_no_constituents(tmp_path: Path, parser: RightBranching) -> None:
+    text = "so " * 60 + "\n\na \u200b\u200b b"
+    parser.fits = lambda s: len(s.words) <= 40 and "\u200b\u200b" not in s.words  # type: ignore[method-assign]
+    source = write(tmp_path / "a.jsonl", [{"id": "a", "text": text}])
+    counts = done(parse(ParseConfig(inputs=(source,), output=tmp_path / "s"))).counts
+    assert (counts.sentences, counts.words, counts.split, counts.unparsed) == (5, 63, 2, 1)
+    units = SpanStore.open(tmp_path / "s").units("a", "text", text)
+    assert units is not None
+    assert units.sentences.tolist() == [0, 30, 60, 61, 62, 63]
+    assert [text[start:end] for start, end in units.words[60:]] == ["a", "\u200b\u200b", "b"]
+    assert not any(start <= 61 < end for start, end, _ in units.constituents)
+
+
+def test_each_distinct_sentence_is_parsed_once(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", [{"id": str(i), "text": "Same here. Same here."} for i in range(1500)])
+    parse(ParseConfig(inputs=(source,), output=tmp_path / "s"))
+    assert len(parser.parsed) == 1
+
+
+def test_memory_of_sentences_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CACHED_SENTENCES", 3)
+    instance = RightBranching()
+    known = module._Sentences(instance)
+    sentences = [Sentence((str(i),), (True,)) for i in range(10)]
+    assert len(known.parse(sentences)) == 10
+    known.parse(sentences)
+    assert len(instance.parsed) == 17
+
+
+def test_shards_hold_the_same_rows_as_one(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", records(25))
+    one = done(parse(ParseConfig(inputs=(source,), output=tmp_path / "one")))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "many", num_shards=3)
+    assert parse(config, 1) is None
+    assert parse(config, 2) is None
+    many = done(parse(config, 0))  # whichever task is last merges
+    assert many.counts == one.counts
+    assert rows(tmp_path / "many") == rows(tmp_path / "one")
+
+
+def test_small_batches_and_row_groups_change_no_row(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", records(25))
+    parse(ParseConfig(inputs=(source,), output=tmp_path / "large"))
+    monkeypatch.setattr(module, "_WORDS_AT_ONCE", 30)
+    monkeypatch.setattr(module, "_WORDS_PER_GROUP", 100)
+    parse(ParseConfig(inputs=(source,), output=tmp_path / "small"))
+    assert pq.ParquetFile(tmp_path / "small" / "part-00000-of-00001.parquet").num_row_groups > 3
+    assert rows(tmp_path / "small") == rows(tmp_path / "large")
+    assert len(SpanStore.open(tmp_path / "small")) == len(SpanStore.open(tmp_path / "large"))
+
+
+def test_rerun_does_only_what_is_missing(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", records(12))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2)
+    manifest = parse(config)
+    before = parts(tmp_path / "s")
+    num_parsed = len(parser.parsed)
+    assert parse(config) == manifest
+    assert len(parser.parsed) == num_parsed
+    (tmp_path / "s" / "part-00001-of-00002.parquet").unlink()
+    assert parse(config) == manifest
+    assert num_parsed < len(parser.parsed) < 2 * num_parsed
+    assert parts(tmp_path / "s") == before
+
+
+def test_damaged_part_is_found_on_resume(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", records(12))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2)
+    parse(config, 0)
+    part = tmp_path / "s" / "part-00000-of-00002.parquet"
+    data = bytearray(part.read_bytes())
+    data[20] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(UserError, match=r"part-00000-of-00002\.parquet: part is damaged.*remove it"):
+        parse(config)
+
+
+def test_other_parser_inputs_or_shards_are_refused(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", records(4))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s")
+    parse(config)
+    with pytest.raises(UserError, match="already holds a store of 1 shards"):
+        parse(config.model_copy(update={"num_shards": 2}))
+    monkeypatch.setattr(module, "load_parser", lambda spec: RightBranching("other"))
+    with pytest.raises(UserError, match="already holds a store of another parser"):
+        parse(config)
+    monkeypatch.setattr(module, "load_parser", lambda spec: parser)
+    text = Path(source).read_text()
+    Path(source).write_text(text.replace("stay", "play"))  # of the same size
+    with pytest.raises(UserError, match="already holds a store of other inputs"):
+        parse(config)
+
+
+def test_bad_rows_fail_the_stage_after_it_is_done(tmp_path: Path, parser: RightBranching) -> None:
+    bad = ["{nonsense\n", '{"text": ""}\n', "[1]\n"]
+    source = write(tmp_path / "a.jsonl", [*records(3), *bad])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2)
+    with pytest.raises(UserError, match=r"a\.jsonl:5: no text; 3 of 6 rows are bad \(1 .*rejects-\*\.jsonl"):
+        parse(config)
+    assert [(reject["where"].rpartition(":")[2], reject["reason"][:8]) for reject in rejects(tmp_path / "s")] == [
+        ("5", "no text"),
+        ("4", "bad JSON"),
+        ("6", "not a JS"),
+    ]
+    num_parsed = len(parser.parsed)
+    counts = done(parse(config.model_copy(update={"max_reject_share": 0.5}))).counts
+    assert (counts.records, counts.rejects) == (3, 3)
+    assert len(parser.parsed) == num_parsed  # only merged
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_duplicate_ids(tmp_path: Path, parser: RightBranching, num_shards: int) -> None:
+    same, other = {"id": "a", "text": "One."}, {"id": "a", "text": "Other."}
+    source = write(tmp_path / "a.jsonl", [same, {"id": "b", "text": "Two."}, same, other, other, same])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=num_shards)
+    with pytest.raises(UserError, match=r"a\.jsonl:4: duplicate id with other content; 2 of 6 rows are bad"):
+        parse(config)
+    counts = done(parse(config.model_copy(update={"max_reject_share": 0.5}))).counts
+    assert (counts.records, counts.duplicates, counts.rejects) == (2, 2, 2)
+    assert [reject["where"].rpartition(":")[2] for reject in rejects(tmp_path / "s")] == ["4", "5"]
+    assert SpanStore.open(tmp_path / "s").units("a", "text", "One.") is not None
+
+
+def test_equal_duplicates_are_one_record(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "One."}, {"text": "One."}, {"prompt": "p", "response": "q"}] * 2)
+    counts = done(parse(ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2))).counts
+    assert (counts.records, counts.duplicates, counts.rejects) == (2, 4, 0)
+    assert not list((tmp_path / "s").glob("rejects-*"))
+
+
+def test_no_records_is_an_error(tmp_path: Path, parser: RightBranching) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl: no records"):
+        parse(ParseConfig(inputs=(write(tmp_path / "a.jsonl", []),), output=tmp_path / "s"))
+
+
+def test_wrong_use(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", records(2))
+    with pytest.raises(UsageError, match="--shard-index 2: want 0 to 1 for 2 shards"):
+        parse(ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2), 2)
+    with pytest.raises(UsageError, match="lies in the input folder"):
+        parse(ParseConfig(inputs=(str(tmp_path),), output=tmp_path / "s"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the span store"):
+        parse(ParseConfig(inputs=(source,), output=tmp_path / "file"))
+
+
+def test_options_go_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("parse: {inputs: [a.jsonl], output: s, num_shards: 4}\ntrain: {lr: 1}\n")
+    config = resolve_config(file, ["parse.num_shards=5"], {"output": Path("t"), "parser": None})
+    assert config == ParseConfig(inputs=("a.jsonl",), output=Path("t"), num_shards=5)
+    with pytest.raises(UsageError, match="output: required key is missing"):
+        resolve_config(None, (), {"inputs": ["a"]})
+
+
+def _parse_slowly(config: ParseConfig) -> None:
+    module.load_parser = lambda spec: RightBranching(delay=0.05)
+    parse(config)
+
+
+def test_killed_at_random_moments_then_resumed_gives_the_same_bytes(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 4)
+    source = write(tmp_path / "a.jsonl", [*records(30), "bad\n"])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=3, max_reject_share=0.5)
+    parse(config.model_copy(update={"output": tmp_path / "whole"}))
+    delays = random.Random(7)
+    for _ in range(8):
+        child = multiprocessing.get_context("fork").Process(target=_parse_slowly, args=(config,))
+        child.start()
+        child.join(delays.uniform(0.0, 0.25))
+        if child.is_alive() and child.pid is not None:
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    parse(config)
+    assert parts(tmp_path / "s") == parts(tmp_path / "whole")
+
+
+def test_two_tasks_on_one_shard_do_no_harm(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", records(10))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s")
+    children = [multiprocessing.get_context("fork").Process(target=_parse_slowly, args=(config,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    parse(config.model_copy(update={"output": tmp_path / "whole"}))
+    assert parts(tmp_path / "s") == parts(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not (BUNDLED / "config.json").is_file(), reason="the bundled parser is not there")
+def test_real_parser_on_hostile_texts_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    texts = ["The old man who lives here reads a book about cats.", *HOSTILE]
+    source = write(tmp_path / "a.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s")
+    counts = done(parse(config)).counts
+    assert counts.records == len(texts)
+    assert counts.split > 0
+    assert counts.unparsed > 0
+    parse(config.model_copy(update={"output": tmp_path / "again"}))
+    assert parts(tmp_path / "s") == parts(tmp_path / "again")
+    store = SpanStore.open(tmp_path / "s")
+    for i, text in enumerate(texts):
+        units = store.units(str(i), "text", text)
+        assert units is not None
+        assert "".join(text[start:end] for start, end in units.words) == "".join(text.split())
+        assert all(0 <= start < end <= len(units.words) for start, end, _ in units.constituents)
+    units = store.units("0", "text", texts[0])
+    assert units is not None
+    assert {"S", "NP", "VP"} <= set(units.labels)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mta_ds.errors import UserError
+from mta_ds.spans.records import Record, Reject, input_files, parse_row, read_records
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
+def record(row: Any) -> Record:
+    found = parse_row(row, "x:1")
+    assert isinstance(found, Record), found
+    return found
+
+
+def reject(row: Any) -> Reject:
+    found = parse_row(row, "x:1")
+    assert isinstance(found, Reject), found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "fields", "references"),
+    [
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            "instruction",
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            ("3",),
+        ),
+        (
+            {"instruction": "Go", "output": ["a", "b"]},
+            "instruction",
+            {"instruction": "Go", "output": "a"},
+            ("a", "b"),
+        ),
+        ({"instruction": "Go", "input": None}, "instruction", {"instruction": "Go"}, ()),
+        ({"prompt": "p", "completion": "c"}, "prompt", {"prompt": "p", "response": "c"}, ("c",)),
+        ({"prompt": "p", "output": "c"}, "prompt", {"prompt": "p", "response": "c"}, ("c",)),
+        ({"prompt": "p", "response": "c"}, "prompt", {"prompt": "p", "response": "c"}, ("c",)),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r"},
+            "preference",
+            {"prompt": "p", "chosen": "c", "rejected": "r"},
+            ("c",),
+        ),
+        ({"text": "t"}, "text", {"text": "t"}, ()),
+    ],
+)
+def test_formats(row: Any, kind: str, fields: dict[str, str], references: tuple[str, ...]) -> None:
+    found = record(row)
+    assert (found.format, found.fields, found.references) == (kind, fields, references)
+    assert list(found.fields) == list(fields)  # reading order
+
+
+def test_messages_keep_roles_beside_fields_that_have_text() -> None:
+    turns = [("system", ""), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "ciao")]
+    found = record({"messages": [{"role": role, "content": content} for role, content in turns]})
+    assert found.fields == {"messages.1": "hi", "messages.2": "hello", "messages.3": "bye", "messages.4": "ciao"}
+    assert found.roles == ("user", "assistant", "user", "assistant")
+    assert found.references == ("ciao",)
+
+
+def test_id_is_given_or_of_the_content() -> None:
+    assert record({"id": 7, "text": "a"}).id == "7"
+    assert record({"id": "q", "text": "a"}).id == "q"
+    ids = {record(row).id for row in ({"text": "a"}, {"text": "b"}, {"prompt": "a"}, {"prompt": "a", "output": "b"})}
+    assert len(ids) == 4
+    assert record({"text": "a", "other": 1}).id == record({"text": "a"}).id
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1], "not a JSON object"),
+        (None, "not a JSON object"),
+        ({}, "missing field"),
+        ({"id": "a", "question": "?"}, "found id, question"),
+        ({"text": ""}, "no text"),
+        ({"text": " \n"}, "no text"),
+        ({"text": None}, "no text"),
+        ({"text": 3}, "text: want a string, got int"),
+        ({"prompt": "a", "chosen": "b"}, "missing field: rejected"),
+        ({"prompt": "a", "response": ["b", 1]}, "response: want a string or a list of strings"),
+        ({"messages": []}, "messages: want a non-empty list"),
+        ({"messages": [{"content": "a"}]}, "messages[0]: want an object with role and content"),
+        ({"messages": [{"role": "user"}]}, "missing field: content"),
+        ({"id": 1.5, "text": "a"}, "id: want a string or a whole number"),
+        ({"id": "\ud800", "text": "a"}, "id: invalid Unicode"),
+        ({"text": "a\udfffb"}, "text: invalid Unicode"),
+        ({"messages": [{"role": "\ud800", "content": "a"}]}, "role: invalid Unicode"),
+    ],
+)
+def test_reject_says_why(row: Any, reason: str) -> None:
+    assert reason in reject(row).reason
+
+
+def test_bad_lines_are_rejected_with_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": \n{"text": "\xff"}\n' + b"[" * 100_000 + b'\n{"text": "last"}'
+    )
+    found = list(read_records([str(path)]))
+    assert [f.where for f in found] == [f"{path}:{n}" for n in (1, 3, 4, 5, 6)]
+    assert [type(f) for f in found] == [Record, Reject, Reject, Reject, Record]
+    assert [f.reason.partition(":")[0] for f in found if isinstance(f, Reject)] == [
+        "bad JSON",
+        "invalid UTF-8 at byte 10",
+        "bad JSON",
+    ]
+
+
+def test_every_container_gives_the_same_records(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "text": f"text {i}"} for i in range(5)]
+    plain = Path(lines(tmp_path / "plain.jsonl", *rows))
+    data = plain.read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data[:20]) + gzip.compress(data[20:]))
+    (tmp_path / "b.json.zst").write_bytes(zstd(data[:20]) + zstd(data[20:]))  # two frames
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name in ("plain.jsonl", "a.jsonl.gz", "b.json.zst", "c.parquet"):
+        found = [r for r in read_records([str(tmp_path / name)]) if isinstance(r, Record)]
+        assert [(r.id, r.fields["text"]) for r in found] == [(r["id"], r["text"]) for r in rows], name
+    assert len(list(read_records([str(tmp_path)]))) == 20
+    assert len(list(read_records([str(tmp_path / "*.jsonl*")]))) == 10
+
+
+def test_folder_saved_by_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(str(tmp_path / "two"))
+
+    def texts(source: str) -> list[str]:
+        return [r.fields["text"] for r in read_records([str(tmp_path / source)]) if isinstance(r, Record)]
+
+    assert texts("one") == texts("two") == ["a", "b"]
+    assert texts("two:test") == ["b"]
+
+
+def test_shards_are_disjoint_and_whole_over_all_inputs(tmp_path: Path) -> None:
+    first = lines(tmp_path / "a.jsonl", *({"text": f"a{i}"} for i in range(4)))
+    second = lines(tmp_path / "b.jsonl", *({"text": f"b{i}"} for i in range(3)))
+    whole = list(read_records([first, second]))
+    shards = [list(read_records([first, second], num_shards=3, shard_index=i)) for i in range(3)]
+    assert [len(shard) for shard in shards] == [3, 2, 2]
+    assert [shards[i % 3][i // 3] for i in range(7)] == whole
+
+
+def test_missing_inputs_are_named(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", {"text": "a"})
+    with pytest.raises(UserError, match=r"trian\.jsonl: no such file; did you mean .*train\.jsonl\?"):
+        list(read_records([str(tmp_path / "trian.jsonl")]))
+    with pytest.raises(UserError, match=r"\*\.json: no record file there"):
+        list(read_records([str(tmp_path / "*.json")]))
+    (tmp_path / "notes.txt").write_text("a")
+    with pytest.raises(UserError, match="not a record file; want one of"):
+        input_files(str(tmp_path / "notes.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no record file there"):
+        input_files(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_damaged_container_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"this is none of them, whatever its name says")
+    with pytest.raises(UserError, match=f"{name}: cannot read"):
+        list(read_records([str(path)]))
+
+
+def test_cut_off_containers_are_not_read_as_shorter_ones(tmp_path: Path) -> None:
+    data = b"".join(json.dumps({"text": f"{i * 7919 % 1000} is it"}).encode() + b"\n" for i in range(3000))
+    for name, packed in (
+        ("a.jsonl.gz", gzip.compress(data)),
+        ("a.jsonl.zst", zstd(data)),
+    ):
+        (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(UserError, match=f"{name}: cannot read"):
+            list(read_records([str(tmp_path / name)]))
