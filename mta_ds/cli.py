@@ -57,13 +57,89 @@ def train(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks =
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: Overrides = None) -> None:
+def check(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks = None) -> None:
     """Check a run before a GPU hour is spent: models, vocabularies, key layers, spans; print the plan."""
     from mta_ds.config import load
     from mta_ds.engine import RunConfig
     from mta_ds.engine import check as run
 
-    run(load(config, RunConfig, overrides or ()))
+    run(load(config, RunConfig, overrides or ()), nproc or 1)
+
+
+@app.command()
+def parse(
+    config: Annotated[Path | None, typer.Argument(help="A run's YAML file; its section 'parse' is used.")] = None,
+    overrides: Overrides = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="File, folder, glob or datasets name.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the span store.")] = None,
+    parser: Annotated[str | None, typer.Option(help="A Benepar model's path, or 'none'; else the bundled one.")] = None,
+    num_shards: Annotated[int | None, typer.Option(min=1, help="Parts of the store.")] = None,
+    shard_index: Annotated[int | None, typer.Option(min=0, help="Parse this part only, as a job array does.")] = None,
+    max_reject_share: Annotated[float | None, typer.Option(min=0, max=1, help="Share of bad rows allowed.")] = None,
+) -> None:
+    """Parse every text field once into a span store; a rerun makes only the parts that are missing."""
+    from mta_ds.spans.parse import parse as run
+    from mta_ds.spans.parse import resolve_config
+
+    options = {
+        "inputs": inputs or None,
+        "output": output,
+        "parser": parser,
+        "num_shards": num_shards,
+        "max_reject_share": max_reject_share,
+    }
+    manifest = run(resolve_config(config, overrides or (), options), shard_index)
+    if manifest is None:
+        print("this part is done; others are missing")
+    else:
+        print("span store complete: " + ", ".join(f"{n} {name}" for name, n in manifest.counts if n))
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    student: Annotated[Path | None, typer.Option(help="Model folder; the run's export unless given.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the result: <run_dir>/evaluation/<name>.json.")] = "after",
+) -> None:
+    """Score a student: validation loss, KL to the teacher, ROUGE-L of what it writes."""
+    from mta_ds.config import load
+    from mta_ds.engine import RunConfig, evaluate_run
+
+    print(evaluate_run(load(config, RunConfig, overrides or ()), student, name))
+
+
+@app.command()
+def export(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks = None) -> None:
+    """Write the student of the newest valid checkpoint as a Hugging Face folder, <run_dir>/export."""
+    if nproc is not None:
+        _launch("export", config, overrides, nproc)
+    from mta_ds.config import load
+    from mta_ds.engine import RunConfig, export_checkpoint
+
+    print(export_checkpoint(load(config, RunConfig, overrides or ())))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
+) -> None:
+    """Write <run_dir>/report.html: loss curves, scores before and after, samples."""
+    from mta_ds.evaluation import write_report
+
+    print(write_report(run_dir))
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    nproc: Annotated[int, typer.Option(min=1, help="Local ranks.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+) -> None:
+    """Distil SmolLM2-135M-Instruct into eight of its layers, on two CPU cores, from parsing to a report."""
+    from mta_ds.demo import demo as run
+
+    run(run_dir, nproc, steps)
 
 
 def _launch(command: str, config: Path, overrides: list[str] | None, nproc: int) -> None:

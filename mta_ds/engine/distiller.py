@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mta_ds.data import Batch, count
+from mta_ds.data import GRANULARITIES, Batch
 from mta_ds.engine import distributed
-from mta_ds.evaluation import Scores
 from mta_ds.losses import (
     Divergence,
     GlobalCounts,
@@ -86,12 +85,12 @@ class Distiller(nn.Module):
 
     def forward(
         self, batch: Batch, teacher: StreamingTeacher | None, counts: StepCounts | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]] | Scores:
+    ) -> tuple[Tensor, dict[str, Tensor]] | dict[str, Tensor]:
         """One micro-batch; every rank must call it.
 
         Returns:
             With ``counts``: the loss to give to the engine's backward, and this micro-step's share of every metric
-            (detached; shares add up over ranks and micro-steps). Without: the sums that validation needs.
+            (detached; shares add up over ranks and micro-steps). Without: :meth:`score`.
         """
         if counts is None:
             return self.score(batch, teacher)
@@ -128,14 +127,18 @@ class Distiller(nn.Module):
             )
 
     @torch.no_grad()
-    def score(self, batch: Batch, teacher: StreamingTeacher | None) -> Scores:
-        """Sums of label cross-entropy and KL(teacher ‖ student), whatever the run trains on."""
+    def score(self, batch: Batch, teacher: StreamingTeacher | None) -> dict[str, Tensor]:
+        """Sums that validation needs, whatever the run trains on: cross_entropy, divergence (KL(p ‖ q)) and count.
+
+        A dict because ZeRO-3 looks into what a module returns, and knows tensors, tuples and dicts only.
+        """
         student = self.run_student(batch)
         name = "sft" if teacher is None else "fkl"
         final = teacher.run(batch) if teacher is not None else None
         divergence = Divergence(name, vocab_size=self.divergence.vocab_size)
         sums = self.base_loss(student, final, batch, teacher, divergence)
-        return Scores(sums.cross_entropy, None if teacher is None else sums.divergence, sums.count)
+        scores = {"cross_entropy": sums.cross_entropy, "count": torch.as_tensor(sums.count)}
+        return scores if teacher is None else scores | {"divergence": sums.divergence}
 
 
 class StructuralLoss:
@@ -212,13 +215,11 @@ def combine(base: LinearDivergence, structural: StructuralLoss, counts: StepCoun
 
 def global_counts(batches: Sequence[Batch]) -> list[StepCounts]:
     """The counts of one optimizer step, summed over ranks once; one entry for each micro-batch of this rank."""
-    granularities = ("word", "phrase")
     local: list[int] = []
-    for batch in batches:
-        counts = count([batch])
+    for counts in (batch.counts for batch in batches):
         local += [counts.tokens, counts.sequences]
-        local += [per[g] for per in (counts.covered, counts.comparable) for g in granularities]
-    width = 2 + 2 * len(granularities)
+        local += [per[g] for per in (counts.covered, counts.comparable) for g in GRANULARITIES]
+    width = 2 + 2 * len(GRANULARITIES)
     summed = distributed.sum_counts(local)
     micro = [summed[i : i + width] for i in range(0, len(summed), width)]
     step = [sum(column) for column in zip(*micro, strict=True)]
@@ -227,9 +228,9 @@ def global_counts(batches: Sequence[Batch]) -> list[StepCounts]:
             tokens=step[0],
             structural=GlobalCounts(
                 sequences=step[1],
-                covered=dict(zip(granularities, step[2:4], strict=True)),
-                comparable=dict(zip(granularities, step[4:6], strict=True)),
-                micro_comparable=dict(zip(granularities, row[4:6], strict=True)),
+                covered=dict(zip(GRANULARITIES, step[2:4], strict=True)),
+                comparable=dict(zip(GRANULARITIES, step[4:6], strict=True)),
+                micro_comparable=dict(zip(GRANULARITIES, row[4:6], strict=True)),
             ),
             scale=distributed.world_size() * len(batches),
         )

@@ -135,8 +135,6 @@ def _complete_environment() -> None:
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
-    if not torch.cuda.is_available():
-        env.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _first_host(nodelist: str) -> str:

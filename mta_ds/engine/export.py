@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mta_ds.engine import distributed
@@ -30,15 +30,14 @@ def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
 @torch.no_grad()
 def _gather_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The full state dict on rank 0's CPU, empty elsewhere; names that share a parameter share its copy."""
-    copies: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in copies:
-            with gathered([parameter]):
-                if distributed.rank() == 0:
-                    copies[id(parameter)] = parameter.detach().cpu().clone()
-        if distributed.rank() == 0:
-            state[name] = copies[id(parameter)]
+        names.setdefault(parameter, []).append(name)
+    state: dict[str, Tensor] = {}
+    for parameter, aliases in names.items():
+        with gathered([parameter]):
+            if distributed.rank() == 0:
+                state |= dict.fromkeys(aliases, parameter.detach().cpu().clone())
     if distributed.rank() == 0:
         persistent = model.state_dict().keys()
         state |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in persistent}

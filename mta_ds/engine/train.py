@@ -50,13 +50,13 @@ def train(config: RunConfig) -> bool:
         metrics = train_step(run, step, batches)
         if is_due(step, config.train.log_every, run.num_steps):
             write_metrics(run, step, batches, metrics, time.perf_counter() - began, log)
+        if is_due(step, config.train.validate_every, run.num_steps):
+            validate_run(run, step, log)
         stopping = stop.agreed()
         if stopping or is_due(step, config.train.save_every, run.num_steps):
             save(run, step)
         if stopping:
             break
-        if is_due(step, config.train.validate_every, run.num_steps):
-            validate_run(run, step, log)
     finished = step >= run.num_steps
     if finished:
         export(run.distiller.student.model, run.pair.student_dir, config.run_dir / "export")

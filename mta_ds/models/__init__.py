@@ -1,5 +1,13 @@
 """The two models of a run: strict loading, ZeRO-3 partitions, key layers, the streaming teacher."""
 
+import os
+
+import torch
+
+# DeepSpeed looks for an accelerator when it is first imported, and warns of every machine that has none.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, hidden_size, truncate
 from mta_ds.models.initialise import copy_tokenizer, cut_layers, random_student
 from mta_ds.models.key_layers import KeyLayer, resolve_key_layers
