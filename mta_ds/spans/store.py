@@ -17,9 +17,11 @@ import json
 import os
 import shutil
 import uuid
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +190,13 @@ class SpanStore:
         self.manifest = manifest
         table = pa.ipc.open_file(pa.memory_map(str(cache / "rows.arrow"))).read_all()
         names = json.loads((cache / "names.json").read_text(encoding="utf-8"))
-        self._labels: list[str] = names["labels"]
-        self._tags: list[str] = names["tags"]
+        self._labels = np.array(names["labels"], dtype=object)
+        self._tags = np.array(names["tags"], dtype=object)
         self._batches = table.to_batches()
-        self._first_row = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._keys = np.load(cache / "keys.npy", mmap_mode="r")
-        self._rows = np.load(cache / "rows.npy", mmap_mode="r")
+        self._first_row = list(accumulate((batch.num_rows for batch in self._batches), initial=0))
+        # plain views: a lookup through NumPy's memmap class costs several times as much
+        self._keys = np.asarray(np.load(cache / "keys.npy", mmap_mode="r"))
+        self._rows = np.asarray(np.load(cache / "rows.npy", mmap_mode="r"))
         self._columns = lru_cache(maxsize=None)(self._load_columns)
 
     @classmethod
@@ -226,7 +229,7 @@ class SpanStore:
         """
         key, wanted = _key(record_id, field), hash_text(text)
         other_text = False
-        at = int(np.searchsorted(self._keys, key))
+        at = int(self._keys.searchsorted(key))
         while at < len(self._keys) and self._keys[at] == key:
             found = self._units_at(int(self._rows[at]), record_id, field)
             if found is not None and found.text_hash == wanted:
@@ -241,8 +244,8 @@ class SpanStore:
         return None
 
     def _units_at(self, row: int, record_id: str, field: str) -> Units | None:
-        batch = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        columns, i = self._columns(batch), row - int(self._first_row[batch])
+        batch = bisect_right(self._first_row, row) - 1
+        columns, i = self._columns(batch), row - self._first_row[batch]
         if columns["record_id"][i].as_py() != record_id or columns["field"][i].as_py() != field:
             return None  # two keys of one hash
         lists = {name: values[bounds[i] : bounds[i + 1]] for name, (bounds, values) in columns["lists"].items()}
@@ -251,9 +254,9 @@ class SpanStore:
             num_chars=int(columns["num_chars"][i]),
             sentences=lists["sentences"],
             words=lists["words"].reshape(-1, 2),
-            tags=[self._tags[code] for code in lists["tags"]],
+            tags=self._tags[lists["tags"]].tolist(),
             constituents=lists["constituents"].reshape(-1, 3),
-            labels=[self._labels[code] for code in lists["labels"]],
+            labels=self._labels[lists["labels"]].tolist(),
         )
 
     def _load_columns(self, batch: int) -> dict[str, Any]:

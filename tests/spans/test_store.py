@@ -152,3 +152,10 @@ def test_read_only_store_is_indexed_in_the_users_cache(
     assert _open_and_read(path) == 12
     assert not any(folder.is_dir() for folder in path.iterdir())
     assert any((tmp_path / "cache" / "mta_ds").iterdir())
+
+
+def test_documentation_names_every_column_and_type() -> None:
+    page = (Path(module.__file__).parents[2] / "docs" / "span-store.md").read_text(encoding="utf-8")
+    for field in SCHEMA:
+        kind = {"fixed_size_binary[16]": "binary(16)"}.get(str(field.type), str(field.type).replace("item: ", ""))
+        assert f"| `{field.name}` | {kind} |" in page
