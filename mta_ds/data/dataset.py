@@ -103,7 +103,7 @@ def build_dataset(
 
 def _fingerprint(inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None) -> str:
     """Hash of everything that the examples depend on."""
-    files = [[str(f), sha256(f)] for source in inputs for f in input_files(source)] or list(inputs)
+    files = [[f"{file} {sha256(file)}" for file in input_files(source)] or [source] for source in inputs]
     content = {
         "format": _FORMAT,
         "files": files,

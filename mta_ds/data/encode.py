@@ -82,7 +82,8 @@ def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[in
     """The ids a model is asked to continue: as in training, the prompt's first ``max_prompt_length`` tokens."""
     (part,) = render(record, config.template, tokenizer, with_response=False)
     ids, _ = _opening(part, tokenizer)
-    return (ids + tokenizer(part.text, add_special_tokens=False)["input_ids"])[: config.max_prompt_length]
+    ids += tokenizer(part.text, add_special_tokens=False)["input_ids"]
+    return ids[: config.max_prompt_length]
 
 
 def _choose(record: Record, config: DataConfig, lookup: Lookup | None) -> dict[str, Chosen]:

@@ -8,7 +8,7 @@ both final states ─▶ through both LM heads, chunk by chunk, into the base lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import deepspeed
 import torch
@@ -72,6 +72,11 @@ class Distiller(nn.Module):
             nn.Linear(hidden_size(student), teacher_hidden_size, bias=False) for _ in key_layers
         )
 
+    @property
+    def projection_weights(self) -> list[nn.Parameter]:
+        """W of each key layer [d_T, d_S], lowest first."""
+        return [cast(nn.Linear, projection).weight for projection in self.projections]
+
     def register_taps(self) -> None:
         """Hook the key layers and declare the weights that forward reads outside their own modules' forward.
 
@@ -79,7 +84,7 @@ class Distiller(nn.Module):
         gathers them for as long as this module's forward and backward last.
         """
         self.student.register_taps()
-        for weight in (self.student.head, *(projection.weight for projection in self.projections)):
+        for weight in (self.student.head, *self.projection_weights):
             if hasattr(weight, "ds_id"):
                 deepspeed.zero.register_external_parameter(self, weight)
 
@@ -133,9 +138,8 @@ class Distiller(nn.Module):
         A dict because ZeRO-3 looks into what a module returns, and knows tensors, tuples and dicts only.
         """
         student = self.run_student(batch)
-        name = "sft" if teacher is None else "fkl"
         final = teacher.run(batch) if teacher is not None else None
-        divergence = Divergence(name, vocab_size=self.divergence.vocab_size)
+        divergence = Divergence("sft" if teacher is None else "fkl", vocab_size=self.divergence.vocab_size)
         sums = self.base_loss(student, final, batch, teacher, divergence)
         scores = {"cross_entropy": sums.cross_entropy, "count": torch.as_tensor(sums.count)}
         return scores if teacher is None else scores | {"divergence": sums.divergence}
@@ -150,8 +154,8 @@ class StructuralLoss:
         self._batch = batch
         self._student = student
         self._pairs = {
-            layer.teacher: (layer, projection.weight)
-            for layer, projection in zip(distiller.key_layers, distiller.projections, strict=True)
+            layer.teacher: (layer, weight)
+            for layer, weight in zip(distiller.key_layers, distiller.projection_weights, strict=True)
         }
         self._gradients: dict[int, LayerGradients] = {}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import io
 import logging
 import os
 import subprocess
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -30,13 +33,16 @@ def initialise() -> None:
         return
     _complete_environment()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch renames collectives that DeepSpeed still calls by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        timeout=datetime.timedelta(minutes=30),
-        verbose=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, on every rank
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            timeout=datetime.timedelta(minutes=30),
+            verbose=False,
+        )
 
 
 def shutdown() -> None:
@@ -89,7 +95,8 @@ def _host_group() -> dist.ProcessGroup | None:
     """A gloo group beside NCCL's; on a CPU the default group is one already."""
     if dist.get_backend() == "gloo":
         return None
-    return dist.new_group(backend="gloo")
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
 def barrier() -> None:

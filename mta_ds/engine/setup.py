@@ -23,6 +23,7 @@ from mta_ds.losses import MTAConfig, make_divergence
 from mta_ds.models import (
     KeyLayer,
     StreamingTeacher,
+    Tokenizer,
     cut_layers,
     load_config,
     load_pretrained,
@@ -34,8 +35,8 @@ from mta_ds.models import (
     student_config,
     vocabulary_size,
 )
-from mta_ds.models.loading import Tokenizer
 from mta_ds.models.zero import read_deepspeed_config
+from mta_ds.spans.parser import load_parser
 from mta_ds.spans.store import SpanStore
 
 logger = logging.getLogger(__name__)
@@ -179,13 +180,33 @@ def load_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[EncodedDataset, 
     data = config.data
     if not data.train:
         raise UsageError("data.train: no training records are named")
-    store = distributed.on_rank_zero_first(lambda: SpanStore.open(data.spans)) if config.mta and data.spans else None
+    store = open_store(config)
 
     def build(inputs: tuple[str, ...]) -> EncodedDataset:
         cache = config.run_dir / "cache"
         return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache))
 
     return build(data.train), build(data.validation) if data.validation else None
+
+
+def open_store(config: RunConfig) -> SpanStore | None:
+    """The run's span store, or None with MTA off.
+
+    Raises:
+        UserError: it is missing, unfinished or damaged, or the YAML's ``parse`` section names another parser.
+    """
+    path = config.data.spans
+    if config.mta is None or path is None:
+        return None
+    store = distributed.on_rank_zero_first(lambda: SpanStore.open(path))
+    if config.parse is not None and config.parse.output == path:
+        wanted = load_parser(config.parse.parser)
+        if wanted.fingerprint != store.manifest.parser.fingerprint:
+            raise UserError(
+                f"{path}: parsed by '{store.manifest.parser.name}', the config's parse.parser is '{wanted.name}', "
+                "another parser; parse again into another folder, or mend parse.parser"
+            )
+    return store
 
 
 def make_student_engine(config: RunConfig, pair: Pair) -> Any:
