@@ -75,7 +75,7 @@ class Distiller(nn.Module):
     @property
     def projection_weights(self) -> list[nn.Parameter]:
         """W of each key layer [d_T, d_S], lowest first."""
-        return [cast(nn.Linear, projection).weight for projection in self.projections]
+        return [cast(nn.Parameter, projection.weight) for projection in self.projections]
 
     def register_taps(self) -> None:
         """Hook the key layers and declare the weights that forward reads outside their own modules' forward.

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # DeepSpeed looks for an accelerator when it is first imported, and warns of every machine that has none.
 if not torch.accelerator.is_available():
@@ -15,7 +16,6 @@ from mta_ds.models.loading import (
     Dtype,
     StudentConfig,
     TeacherConfig,
-    Tokenizer,
     load_config,
     load_pretrained,
     load_tokenizer,

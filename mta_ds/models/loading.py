@@ -16,20 +16,13 @@ import torch
 import transformers
 from pydantic import model_validator
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
 from mta_ds.config import Section
 from mta_ds.errors import UserError
 
-Tokenizer = PreTrainedTokenizerBase
 Dtype = Literal["float32", "bfloat16"]
 
 # Models that transform logits after the head: the divergence is computed from hidden states and heads alone.
