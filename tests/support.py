@@ -1,0 +1,105 @@
+"""What tests of whole stages share: a tiny pair of models on real records and real parses, and commands run for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mta_ds.spans.parse import ParseConfig, parse
+
+DEMO = Path(__file__).parents[1] / "mta_ds" / "assets" / "demo"
+# everything is partitioned and nothing kept gathered, else ZeRO-3's mistakes hide in models this small
+CPU_TEST = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
+SIZES = {
+    "teacher": {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 6},
+    "student": {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3},
+}
+
+
+def make_pair(root: Path) -> Path:
+    """Fill ``root`` with teacher/, student/, train.jsonl, heldout.jsonl and spans/."""
+    for name, count in (("train", 24), ("heldout", 5)):
+        lines = (DEMO / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = train_tokenizer((root / "train.jsonl").read_text(encoding="utf-8"))
+    for seed, (name, sizes) in enumerate(SIZES.items()):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(
+            "llama",
+            vocab_size=len(tokenizer) + 4 * seed,  # padded differently on each side
+            num_key_value_heads=1,
+            tie_word_embeddings=name == "student",
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.2,
+            **sizes,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    parse(ParseConfig(inputs=(str(root / "train.jsonl"), str(root / "heldout.jsonl")), output=root / "spans"))
+    return root
+
+
+def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(text.splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def write_config(pair: Path, run_dir: Path, **changes: object) -> Path:
+    """A run's YAML for the tiny pair; ``changes`` are dotted keys with "__" for the dot."""
+    values: dict = {
+        "run_dir": str(run_dir),
+        "teacher": {"path": str(pair / "teacher"), "deepspeed": str(CPU_TEST)},
+        "student": {"path": str(pair / "student"), "deepspeed": str(CPU_TEST)},
+        "data": {
+            "train": [str(pair / "train.jsonl")],
+            "validation": [str(pair / "heldout.jsonl")],
+            "spans": str(pair / "spans"),
+            "max_length": 96,
+            "max_prompt_length": 64,
+        },
+        "mta": {"num_layers": 2, "projection_lr": 1e-3},
+        "train": {"steps": 3, "micro_batch_size": 4, "lr": 1e-3, "gradient_clipping": 0.5},
+    }
+    for key, value in changes.items():
+        *parents, leaf = key.split("__")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run_command(*arguments: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+    """``mta-ds ARGUMENTS`` in a process of its own, one thread a rank."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mta_ds", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
