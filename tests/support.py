@@ -1,4 +1,4 @@
-"""What tests of whole stages share: a tiny pair of models on real records and real parses, and commands run for real."""
+"""What tests of whole stages share: a tiny pair of models on real records and parses, and commands run for real."""
 
 from __future__ import annotations
 

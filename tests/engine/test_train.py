@@ -75,15 +75,13 @@ def plain_loop(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, tor
     rows = []
     for step in range(1, STEPS + 1):
         (batch,) = loader.next_step()
-        states: list[list[torch.Tensor]] = [[], []]
+        states: list[list[torch.Tensor]] = []
         finals = []
-        for i, body in enumerate(bodies):
-            with torch.set_grad_enabled(i == 0):
-                final = body(
-                    batch.input_ids,
-                    batch.attention_mask,
-                    on_layer=lambda _layer, h, i=i: states[i].append(ragged(h, batch.valid)),
-                )
+        for body in bodies:
+            seen: dict[int, torch.Tensor] = {}
+            with torch.set_grad_enabled(body is bodies[0]):
+                final = body(batch.input_ids, batch.attention_mask, on_layer=seen.__setitem__)
+                states.append([ragged(hidden, batch.valid) for hidden in seen.values()])
                 finals.append(ragged(final, batch.valid) @ body.head[: pair.vocab_size].T)
         counted = batch.targets != -100
         log_q, log_p = (logits[counted].log_softmax(-1) for logits in finals)
