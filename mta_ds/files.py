@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
+import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +32,12 @@ def fsync_file(path: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on a clean exit its content appears at ``path`` in one step.
 
-    The temporary name holds the process id, so two writers of one path never write into each other's file:
-    the later rename wins whole. On an exception the temporary file goes and ``path`` is untouched.
+    Two writers of one path never write into each other's file: the later rename wins whole. On an exception the
+    temporary file goes and ``path`` is untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -45,14 +48,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; on a clean exit it appears at ``path`` whole, in place of an older one.
+def atomic_folder(path: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder; on a clean exit it appears at ``path`` whole.
 
-    Between the two renames of a replacement ``path`` is missing for an instant; the old folder is still beside it.
+    Args:
+        keep_existing: a folder that is at ``path`` by then stays and the new one goes, as for a cache that several
+            processes build at once. Otherwise the new one replaces it; between the two renames ``path`` is missing for
+            an instant.
     """
     path = Path(path)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _temporary(path)
+    old = temporary.with_suffix(".old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -62,13 +68,41 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~_umask())
                 fsync_file(file)
         fsync_directory(temporary)
-        if path.exists():
+        if not keep_existing and path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            # no system renames onto a folder with something in it: somebody was first
+            if not (keep_existing and path.is_dir()):
+                raise
         fsync_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name beside ``path`` that is this process' alone; what dead processes of this host left goes first."""
+    prefix = f".{path.name}.{socket.gethostname()}-"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = leftover.name.removeprefix(prefix).partition(".")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _umask() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,31 @@ def test_folder_appears_whole(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_folder(path) as folder:
         raise RuntimeError
     assert [p.name for p in path.iterdir()] == ["two"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_first_of_several_caches_stays(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    for content in ("first", "second"):
+        with atomic_folder(path, keep_existing=True) as folder:
+            (folder / content).write_text(content)
+    assert [p.name for p in path.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    code = f"""
+import os, signal
+from pathlib import Path
+from mta_ds.files import atomic_path
+with atomic_path(Path({str(path)!r})) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert not path.exists() and len(list(tmp_path.iterdir())) == 1
+    write_atomic(path, "whole")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -95,7 +95,7 @@ def build_dataset(
         raise UserError("the tokenizer is a slow one, without character offsets; spans need a fast tokenizer")
     folder = cache_dir / f"examples-{_fingerprint(inputs, config, tokenizer, store)}"
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, keep_existing=True) as temporary:
             summary = _write(temporary / "examples.arrow", inputs, config, tokenizer, store)
             write_atomic(temporary / "summary.json", summary.model_dump_json(indent=1))
     return EncodedDataset(folder)

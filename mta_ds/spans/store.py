@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from pydantic import ValidationError
 
 from mta_ds.config import Section
 from mta_ds.errors import UserError
-from mta_ds.files import fsync_directory, fsync_file, sha256
+from mta_ds.files import atomic_folder, sha256
 from mta_ds.spans.records import text_hash as hash_text
 
 SCHEMA_VERSION = 1
@@ -293,25 +291,12 @@ def _cache_folder(path: Path) -> Path:
 
 
 def _build_cache(path: Path, manifest: Manifest, cache: Path) -> None:
-    """Build the reader's copy beside its place and rename it there; of processes that do so at once the first wins."""
-    folder = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}.tmp")
+    """Build the reader's copy and put it in its place whole; of processes that do so at once the first wins."""
     try:
-        folder.mkdir(parents=True)
-        _write_cache(path, manifest, folder)
-        for file in folder.iterdir():
-            fsync_file(file)
-        fsync_directory(folder)
-        try:
-            # A folder that is not empty cannot be renamed over: nobody's open copy is ever replaced.
-            folder.rename(cache)
-        except OSError:
-            if not cache.is_dir():
-                raise
-        fsync_directory(cache.parent)
+        with atomic_folder(cache, keep_existing=True) as folder:
+            _write_cache(path, manifest, folder)
     except OSError as error:
         raise UserError(f"{cache}: cannot write the span store's index: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_cache(path: Path, manifest: Manifest, folder: Path) -> None:
