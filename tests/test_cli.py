@@ -47,9 +47,8 @@ def assert_one_line(result: tuple[int, str, str], code: int, *words: str) -> Non
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, mta_ds, mta_ds.cli; print([m for m in ('torch', 'transformers', 'pyarrow') if m in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "pyarrow", "pydantic")
+    code = f"import sys, mta_ds, mta_ds.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -65,7 +64,7 @@ def test_check_prints_the_plan(mta_ds, pair: Path, tmp_path: Path) -> None:
     ("changes", "code", "words"),
     [
         ({"train__lrr": 1}, 2, ["train.lrr: unknown key", "did you mean 'lr'"]),
-        ({"mta__student_layers": [2, 9]}, 2, ["student layer 9 does not exist", "1 to 3"]),
+        ({"mta": {"student_layers": [2, 9]}}, 2, ["student layer 9 does not exist", "1 to 3"]),
         ({"data__train": ["/nowhere/records.jsonl"]}, 1, ["/nowhere/records.jsonl", "no such file"]),
         ({"data__spans": "/nowhere/spans"}, 1, ["/nowhere/spans", "no such span store"]),
         ({"data__spans": None}, 2, ["data.spans", "mta: null"]),
@@ -128,7 +127,7 @@ def test_damaged_and_missing_parts(mta_ds, own_pair: Path, tmp_path: Path) -> No
     [
         ("{bad", [":2", "bad JSON"]),
         ('{"id": "x", "prompt": "", "response": ""}', [":2", "no text"]),
-        ('{"id": "demo-train-000", "text": "Something else."}', ["duplicate id"]),
+        ('{"id": "FIRST", "text": "Something else."}', [":2", "duplicate id"]),
         ("[1, 2]", [":2", "not a JSON object"]),
     ],
 )
@@ -137,6 +136,7 @@ def test_bad_rows_fail_the_parse_and_are_listed(
 ) -> None:
     file = tmp_path / "records.jsonl"
     good = (pair / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    line = line.replace("FIRST", json.loads(good[0])["id"])
     file.write_text("\n".join([good[0], line, good[1]]) + "\n", encoding="utf-8")
     arguments = ["parse", "--input", file, "--output", tmp_path / "spans", "--parser", "none"]
     assert_one_line(mta_ds(*arguments), 1, *words)
