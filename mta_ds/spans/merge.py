@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_path, write_atomic
-from mta_ds.spans.records import Reject, read_records, text_hash
+from mta_ds.spans.records import Reject, may_follow, read_records, text_hash
 from mta_ds.spans.store import Counts, Manifest, Part, check_part, part_name
 
 _DUPLICATES = "rejects-duplicates.jsonl"
@@ -147,8 +147,8 @@ def _contents(output: Path, parts: Sequence[Part]) -> Iterator[tuple[str, bytes]
         record_id, fields = "", dict[str, bytes]()
         for batch in pq.ParquetFile(output / part.file).iter_batches(columns=columns):
             for row_id, field, text in zip(*(batch[c].to_pylist() for c in columns), strict=True):
-                # a field that comes again is the next record under the same id
-                if fields and (row_id != record_id or field in fields):
+                # under the same id, a field that cannot follow the last one opens another record
+                if fields and (row_id != record_id or not may_follow(next(reversed(fields)), field)):
                     yield record_id, _digest(fields.items())
                     fields = {}
                 record_id = row_id

@@ -26,6 +26,7 @@ from mta_ds.files import belongs_to_shard
 
 Format = Literal["instruction", "prompt", "messages", "preference", "text"]
 
+_ORDERS = (("instruction", "input", "output"), ("prompt", "response"), ("prompt", "chosen", "rejected"))
 _RESPONSES = ("response", "output", "completion")
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _SUFFIXES = (*_LINES, ".parquet")
@@ -108,6 +109,13 @@ def input_files(source: str) -> list[Path]:
     if not files:
         raise UserError(f"{source}: no record file there; want {', '.join(_SUFFIXES)}")
     return files
+
+
+def may_follow(field: str, later: str) -> bool:
+    """Whether ``later`` can come after ``field`` in the reading order of one record."""
+    if field.startswith("messages.") and later.startswith("messages."):
+        return int(field.removeprefix("messages.")) < int(later.removeprefix("messages."))
+    return any(field in order and later in order[order.index(field) + 1 :] for order in _ORDERS)
 
 
 def parse_row(row: Any, where: str) -> Record | Reject:
