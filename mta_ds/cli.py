@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from mta_ds.errors import UserError
+from mta_ds.launch.local import follow_parent, launch
 
 app = typer.Typer(
     help="Distil large language models with Multi-Granular Trajectory Alignment, the teacher sharded and streamed.",
@@ -33,6 +34,7 @@ NumRanks = Annotated[
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    follow_parent()
     try:
         app()
     except UserError as error:
@@ -148,7 +150,6 @@ def _launch(command: str, config: Path, overrides: list[str] | None, nproc: int)
         raise UserError("--nproc: this process is already a rank of a launcher (RANK is set); leave --nproc out")
     from mta_ds.config import load
     from mta_ds.engine import RunConfig
-    from mta_ds.launch.local import launch
 
     load(config, RunConfig, overrides or ())  # a mistake is told once, before any rank starts
     sys.exit(launch([command, str(config), *(overrides or ())], nproc))

@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
+PARENT = "MTA_DS_LAUNCHER_PID"
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -28,6 +30,7 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        PARENT: str(os.getpid()),
     }
     return defaults | os.environ | ranks
 
@@ -62,6 +65,20 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
                 process.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def follow_parent(poll_seconds: float = 1.0) -> None:
+    """In a rank of :func:`launch`: end with the launcher, also if that is killed and can forward nothing."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(poll_seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float = 10.0) -> int:

@@ -1,0 +1,135 @@
+"""The small parts of the engine: schedule, logs, steps, ranks from Slurm, stop signals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mta_ds.engine import TrainConfig, distributed
+from mta_ds.engine.metrics import MetricsLog
+from mta_ds.engine.setup import number_of_steps, switch_dropout_off
+from mta_ds.engine.stopping import StopWatch
+from mta_ds.engine.train import is_due, schedule_factor
+from mta_ds.engine.validation import rank_batches
+from mta_ds.launch.local import rank_environment
+
+
+def test_schedule_warms_up_and_follows_a_cosine() -> None:
+    train = TrainConfig(steps=14, warmup_steps=4, min_lr_ratio=0.1)
+    factors = [schedule_factor(step, 14, train) for step in range(1, 15)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[9] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert all(a > b for a, b in itertools.pairwise(factors[4:])) and factors[-1] > 0.1
+    constant = TrainConfig(steps=9, schedule="constant")
+    assert {schedule_factor(step, 9, constant) for step in range(1, 10)} == {1.0}
+
+
+def test_number_of_steps() -> None:
+    assert number_of_steps(TrainConfig(steps=7), 100, 8) == 7
+    epochs = TrainConfig(epochs=2, micro_batch_size=4, gradient_accumulation_steps=2)
+    assert number_of_steps(epochs, 100, 1) == 25
+    assert number_of_steps(epochs, 100, 4) == 6
+    assert number_of_steps(epochs, 1, 64) == 1
+
+
+def test_what_is_due() -> None:
+    assert [s for s in range(1, 8) if is_due(s, 3, 7)] == [3, 6, 7]
+    assert [s for s in range(1, 8) if is_due(s, None, 7)] == [7]
+
+
+def test_a_resumed_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 6):
+        log.write(step, {"loss": step / 4}, {"seconds": 0.5})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    log = MetricsLog(tmp_path, 3)
+    log.write(4, {"loss": 9.0}, {})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 9.0)]
+    assert len((tmp_path / "perf.jsonl").read_text().splitlines()) == 3
+
+
+def test_dropout_goes_from_modules_and_attributes() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_dropout = 0.3
+            self.drop = nn.Dropout(0.2)
+
+    block = Block()
+    switch_dropout_off(block)
+    assert block.attention_dropout == 0.0 and block.drop.p == 0.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_at_the_next_step(number: signal.Signals) -> None:
+    watch = StopWatch(None)
+    try:
+        assert not watch.agreed()
+        os.kill(os.getpid(), number)
+        assert watch.agreed()
+    finally:
+        watch.close()
+
+
+def test_time_limit() -> None:
+    watch = StopWatch(1e-9)
+    assert watch.agreed()
+    watch.close()
+
+
+def test_ranks_from_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "node[03-04]" ] && echo node03 && echo node04\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setattr(os, "environ", {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    os.environ |= {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40123"}
+    os.environ["SLURM_JOB_NODELIST"] = "node[03-04]"
+    distributed._complete_environment()
+    expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node03", "MASTER_PORT": "20123"}
+    assert {name: os.environ[name] for name in expected} == expected
+
+
+def test_a_launchers_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = rank_environment(1, 2, 4567)
+    monkeypatch.setattr(os, "environ", ours | {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
+    distributed._complete_environment()
+    assert {k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "MASTER_PORT")} == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_PORT": "4567",
+    }
+
+
+@pytest.mark.parametrize(("num", "world_size", "size"), [(5, 2, 2), (1, 3, 4), (6, 3, 2), (7, 1, 3)])
+def test_validation_batches_count_every_record_once(num: int, world_size: int, size: int) -> None:
+    import numpy as np
+
+    from mta_ds.data import Example
+
+    none = {g: np.zeros((0, 2), np.int32) for g in ("word", "phrase")}
+    ids = [np.arange(3, dtype=np.int32) + i for i in range(num)]
+    examples = [Example(str(i), ids[i], ids[i].copy(), none, 1) for i in range(num)]
+    per_rank = [list(rank_batches(examples, size, 0, rank, world_size)) for rank in range(world_size)]  # type: ignore[arg-type]
+    assert len({len(batches) for batches in per_rank}) == 1
+    counted = [batch.counts.tokens for batches in per_rank for batch in batches]
+    assert sum(counted) == 2 * num
+    seen = [
+        record
+        for batches in per_rank
+        for batch in batches
+        for record, row in zip(batch.record_ids, range(len(batch.record_ids)), strict=True)
+        if (batch.targets[batch.cu_seqlens[row] : batch.cu_seqlens[row + 1]] != -100).any()
+    ]
+    assert sorted(seen) == sorted(str(i) for i in range(num))
+    assert all(torch.isfinite(b.valid.float()).all() for batches in per_rank for b in batches)
