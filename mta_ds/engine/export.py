@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mta_ds.engine import distributed
 from mta_ds.files import atomic_folder
-from mta_ds.models import copy_tokenizer, gathered
+from mta_ds.models import copy_tokenizer, gathered, quiet_transformers
 
 
 def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
@@ -21,7 +21,7 @@ def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
     """
     weights = _gather_state(model)
     if distributed.rank() == 0:
-        with atomic_folder(output) as folder:
+        with atomic_folder(output) as folder, quiet_transformers():
             model.save_pretrained(folder, state_dict=weights)
             copy_tokenizer(tokenizer_from, folder)
     distributed.barrier()

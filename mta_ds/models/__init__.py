@@ -20,6 +20,7 @@ from mta_ds.models.loading import (
     load_pretrained,
     load_tokenizer,
     output_head,
+    quiet_transformers,
     resolve_model,
     vocabulary_size,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "output_head",
+    "quiet_transformers",
     "ragged",
     "random_student",
     "resolve_key_layers",

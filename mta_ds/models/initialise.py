@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, write_atomic
 from mta_ds.models.body import decoder_layers_named
-from mta_ds.models.loading import load_config
+from mta_ds.models.loading import load_config, quiet_transformers
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,7 +93,7 @@ def random_student(config_path: Path, seed: int, tokenizer_from: Path, output: P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with atomic_folder(output) as folder:
+    with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         copy_tokenizer(tokenizer_from, folder)
     return output

@@ -127,7 +127,7 @@ def load_pretrained(
             plain product.
     """
     load_config(path, trust_remote_code)
-    with _zero3_loading(deepspeed_config), _quiet_transformers():
+    with _zero3_loading(deepspeed_config), quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -175,7 +175,7 @@ def _zero3_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the load report (we raise on what it would tell) and the progress bar, one of each per rank."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)
