@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import write_config
 from torch import nn
 
-from mta_ds.engine import TrainConfig, distributed
+from mta_ds.config import load
+from mta_ds.engine import RunConfig, TrainConfig, distributed
 from mta_ds.engine.metrics import MetricsLog
-from mta_ds.engine.setup import number_of_steps, switch_dropout_off
+from mta_ds.engine.setup import number_of_steps, student_folder, switch_dropout_off
 from mta_ds.engine.stopping import StopWatch
 from mta_ds.engine.train import is_due, schedule_factor
 from mta_ds.engine.validation import rank_batches
 from mta_ds.launch.local import rank_environment
+from mta_ds.models import load_pretrained, load_tokenizer
 
 
 def test_schedule_warms_up_and_follows_a_cosine() -> None:
@@ -133,3 +136,17 @@ def test_validation_batches_count_every_record_once(num: int, world_size: int, s
     ]
     assert sorted(seen) == sorted(str(i) for i in range(num))
     assert all(torch.isfinite(b.valid.float()).all() for batches in per_rank for b in batches)
+
+
+def test_student_from_a_config_or_from_the_teachers_layers(pair: Path, tmp_path: Path) -> None:
+    for source in ({"config": str(pair / "student" / "config.json")}, {"teacher_layers": 2}):
+        run_dir = tmp_path / next(iter(source))
+        config = load(write_config(pair, run_dir, student=source), RunConfig)
+        folder = student_folder(config, pair / "teacher")
+        assert folder == run_dir / "student_init"
+        model = load_pretrained(folder, "float32")
+        assert model.config.num_hidden_layers == 3
+        assert load_tokenizer(folder).get_vocab() == load_tokenizer(pair / "teacher").get_vocab()
+        before = (folder / "model.safetensors").stat().st_mtime_ns
+        student_folder(config, pair / "teacher")
+        assert (folder / "model.safetensors").stat().st_mtime_ns == before
