@@ -28,8 +28,10 @@ CONFIG = """\
 run_dir: {run_dir}
 teacher:
   path: {run_dir}/teacher
+  deepspeed: {assets}/zero.json
 student:
   teacher_layers: {layers}
+  deepspeed: {assets}/zero.json
 parse:
   inputs: [{assets}/train.jsonl, {assets}/heldout.jsonl]
   output: {run_dir}/spans

@@ -6,7 +6,7 @@ another number of ranks or another micro-batch: the same samples come in the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -86,8 +86,3 @@ class StepLoader:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, sample_order(len(self._dataset), self._seed, epoch))
         return int(self._order[1][position])
-
-
-def record_ids(batches: Sequence[Batch]) -> list[str]:
-    """The records of a step's micro-batches, in order."""
-    return [record_id for batch in batches for record_id in batch.record_ids]
