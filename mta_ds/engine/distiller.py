@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mta_ds.data import GRANULARITIES, Batch
 from mta_ds.engine import distributed
@@ -30,7 +30,7 @@ from mta_ds.losses import (
     layer_weights,
     linear_divergence,
 )
-from mta_ds.models import CausalBody, KeyLayer, StreamingTeacher, hidden_size, ragged
+from mta_ds.models import CausalBody, KeyLayer, StreamingTeacher, ragged, state_width
 
 
 class StudentStates(NamedTuple):
@@ -58,7 +58,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher_hidden_size: int,
+        teacher: PretrainedConfig,
         key_layers: Sequence[KeyLayer],
         mta: MTAConfig | None,
         divergence: Divergence,
@@ -69,7 +69,8 @@ class Distiller(nn.Module):
         self.divergence = divergence
         self.student = CausalBody(student, [layer.student for layer in key_layers])
         self.projections = nn.ModuleList(
-            nn.Linear(hidden_size(student), teacher_hidden_size, bias=False) for _ in key_layers
+            nn.Linear(state_width(student.config, k.student), state_width(teacher, k.teacher), bias=False)
+            for k in key_layers
         )
 
     @property

@@ -225,10 +225,9 @@ def make_student_engine(config: RunConfig, pair: Pair) -> Any:
         switch_dropout_off(model)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher_hidden_size = load_config(pair.teacher_dir).hidden_size
-    distiller = Distiller(
-        model, teacher_hidden_size, pair.key_layers, config.mta, make_divergence(config.loss, pair.vocab_size)
-    )
+    teacher = load_config(pair.teacher_dir, config.teacher.trust_remote_code)
+    divergence = make_divergence(config.loss, pair.vocab_size)
+    distiller = Distiller(model, teacher, pair.key_layers, config.mta, divergence)
     distiller.to(getattr(torch, train.dtype))
     optimizer = torch.optim.AdamW(parameter_groups(distiller, config), betas=train.betas)
     engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=engine_config)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, hidden_size, truncate
+from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, state_width, truncate
 from mta_ds.models.initialise import copy_tokenizer, cut_layers, random_student
 from mta_ds.models.key_layers import KeyLayer, resolve_key_layers
 from mta_ds.models.loading import (
@@ -41,7 +41,6 @@ __all__ = [
     "cut_layers",
     "decoder_layers",
     "gathered",
-    "hidden_size",
     "load_config",
     "load_pretrained",
     "load_teacher",
@@ -52,6 +51,7 @@ __all__ = [
     "random_student",
     "resolve_key_layers",
     "resolve_model",
+    "state_width",
     "student_config",
     "teacher_config",
     "truncate",

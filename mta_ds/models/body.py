@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mta_ds.errors import UserError
 from mta_ds.models.loading import output_head
@@ -22,11 +22,12 @@ OnLayer = Callable[[int, Tensor], None]
 class CausalBody(nn.Module):
     """Wraps ``model`` so that an engine's forward never computes logits; the head is read by whoever owns the loss."""
 
-    def __init__(self, model: PreTrainedModel, key_layers: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, key_layers: Sequence[int], num_layers: int | None = None) -> None:
+        """``num_layers`` is the whole model's depth, where ``model`` has been truncated."""
         super().__init__()
         self.model = model
         self.key_layers = tuple(key_layers)
-        self.num_layers = len(decoder_layers(model))
+        self.num_layers = num_layers or len(decoder_layers(model))
         self._on_layer: OnLayer | None = None
         assert all(1 <= layer <= self.num_layers for layer in self.key_layers)
 
@@ -99,9 +100,11 @@ def truncate(model: PreTrainedModel, num_layers: int) -> None:
     model.config.num_hidden_layers = num_layers
 
 
-def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the hidden states that key layers emit."""
-    return int(model.config.hidden_size)
+def state_width(config: PretrainedConfig, layer: int) -> int:
+    """Width of ``hidden_states[layer]``; a model that projects its final state (some OPT) narrows the last one."""
+    if layer == config.num_hidden_layers and getattr(config, "word_embed_proj_dim", None):
+        return int(config.word_embed_proj_dim)
+    return int(config.hidden_size)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from mta_ds.models.body import CausalBody, truncate
+from mta_ds.models.body import CausalBody, decoder_layers, truncate
 from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained, resolve_model
 from mta_ds.models.zero import teacher_config
 
@@ -89,10 +89,11 @@ def load_teacher(
     model = load_pretrained(resolve_model(config.path), dtype, engine_config, config.trust_remote_code)
     model.requires_grad_(False)
     model.eval()
+    num_layers = len(decoder_layers(model))
     if not needs_final:
         truncate(model, max(key_layers))
     _mark_expert_blocks(model)
-    body = CausalBody(model, key_layers)
+    body = CausalBody(model, key_layers, num_layers)
     engine, *_ = deepspeed.initialize(model=body, config=engine_config)
     engine.eval()
     body.register_taps()

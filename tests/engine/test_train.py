@@ -163,6 +163,19 @@ def test_without_mta_and_with_sft(pair: Path, tmp_path: Path) -> None:
     assert all(row["loss"] == row["base"] and row["dsa"] == row["hid"] == 0 for row in rows)
 
 
+def test_teacher_cut_after_its_last_key_layer_gives_the_same_alignment(pair: Path, one_rank, tmp_path: Path) -> None:
+    layers = {"student_layers": [1, 2], "teacher_layers": [2, 4]}
+    first = []
+    for name, changes in (
+        ("whole", {"loss": {"divergence": "fkl"}}),
+        ("cut", {"loss": {"divergence": "sft"}, "data__validation": []}),
+    ):
+        metrics, _ = train(pair, tmp_path / name, 1, mta=layers, train__steps=1, **changes)
+        first.append(next(row for row in metrics if "loss" in row))
+    for key in ("dsa/1", "hid/1", "dsa/2", "hid/2"):
+        assert first[0][key] == first[1][key] != 0
+
+
 def test_export_reloads_with_equal_logits_and_tied_weights(pair: Path, one_rank) -> None:
     run_dir, _, weights = one_rank
     model = load_pretrained(run_dir / "export", "float32").eval()

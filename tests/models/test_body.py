@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mta_ds.models import CausalBody, decoder_layers, truncate
+from mta_ds.models import CausalBody, decoder_layers, state_width, truncate
 
 SMALL = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 ROPE = SMALL | {"intermediate_size": 40, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -63,7 +63,7 @@ def test_without_a_listener_nothing_is_handed_out() -> None:
     assert seen == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "qwen3"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_truncated_model_emits_bit_identical_states(name: str) -> None:
     ids, mask = padded_batch()
     states: list[dict[int, torch.Tensor]] = []
@@ -72,12 +72,21 @@ def test_truncated_model_emits_bit_identical_states(name: str) -> None:
         if cut:
             truncate(model, 3)
             assert len(decoder_layers(model)) == 3
-        body = CausalBody(model, [2] if cut else [2, 3])
+        # layer 3 is the cut model's last, but still no final state: it must not have passed the final norm
+        body = CausalBody(model, [2, 3], num_layers=4)
         body.register_taps()
         states.append({})
         with torch.no_grad():
             body(ids, mask, on_layer=states[-1].__setitem__)
-    assert torch.equal(states[0][2], states[1][2])
+    assert torch.equal(states[0][2], states[1][2]) and torch.equal(states[0][3], states[1][3])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_widths_of_the_states(name: str) -> None:
+    model = tiny(name)
+    with torch.no_grad():
+        states = model(*padded_batch(), output_hidden_states=True).hidden_states
+    assert [state_width(model.config, layer) for layer in range(1, 5)] == [h.shape[-1] for h in states[1:]]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "qwen3"])
