@@ -85,7 +85,8 @@ def test_truncated_model_emits_bit_identical_states(name: str) -> None:
 def test_widths_of_the_states(name: str) -> None:
     model = tiny(name)
     with torch.no_grad():
-        states = model(*padded_batch(), output_hidden_states=True).hidden_states
+        ids, mask = padded_batch()
+        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     assert [state_width(model.config, layer) for layer in range(1, 5)] == [h.shape[-1] for h in states[1:]]
 
 
