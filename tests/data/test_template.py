@@ -1,0 +1,160 @@
+"""Templates: exact text, what is labelled, where each field lies; single and many turns, odd templates."""
+
+from __future__ import annotations
+
+import pytest
+from support import train_tokenizer
+
+from mta_ds.data import DataConfig, Example, encode, encode_prompt, render
+from mta_ds.data.template import Part
+from mta_ds.errors import UserError
+from mta_ds.spans.records import Record, parse_row
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
+# earlier answers lose what they say before "</think>", as some templates do
+STRIPPING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+NO_END = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+
+
+def record(**row: object) -> Record:
+    parsed = parse_row(row, "test:1")
+    assert isinstance(parsed, Record), parsed
+    return parsed
+
+
+def conversation(*turns: str, first: str = "user") -> Record:
+    roles = ["system", "user", "assistant"][0 if first == "system" else 1 :]
+    cycle = roles + ["user", "assistant"] * len(turns)
+    return record(messages=[{"role": r, "content": t} for r, t in zip(cycle, turns, strict=False)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = train_tokenizer("user assistant system What is this? A test, with words. ### Instruction: Response" * 20)
+    made.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    made.chat_template = CHATML
+    return made
+
+
+def assert_pieces_are_the_fields(record: Record, parts: list[Part]) -> None:
+    for part in parts:
+        for field, field_start, start, length in part.pieces:
+            assert part.text[start : start + length] == record.fields[field][field_start : field_start + length]
+
+
+def test_minillm_template_is_exact(tokenizer) -> None:
+    with_input = record(instruction="Add.", input="1 2", output="3")
+    prompt, response = render(with_input, "minillm", tokenizer)
+    assert prompt.text == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    assert (response.text, response.is_response, response.ends_with_eos) == ("3", True, True)
+    (prompt, _) = render(record(instruction="Add.", output="3"), "minillm", tokenizer)
+    assert prompt.text == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:\n"
+    )
+    assert_pieces_are_the_fields(with_input, render(with_input, "minillm", tokenizer))
+
+
+def test_plain_joins_prompt_and_response_and_labels_all_of_a_text(tokenizer) -> None:
+    parts = render(record(prompt="Once upon", response=" a time"), "plain", tokenizer)
+    assert [(p.text, p.is_response) for p in parts] == [("Once upon", False), (" a time", True)]
+    (part,) = render(record(text="Only text."), "minillm", tokenizer)
+    assert (part.text, part.is_response) == ("Only text.", True)
+
+
+def test_chat_of_one_turn(tokenizer) -> None:
+    ours = record(instruction="Sum up.", input="Long text.", output="Short.")
+    prompt, response = render(ours, "chat", tokenizer)
+    assert prompt.text == "<|start|>user\nSum up.\n\nLong text.<|end|>\n<|start|>assistant\n"
+    assert response.text == "Short.<|end|>" and not response.ends_with_eos
+    assert_pieces_are_the_fields(ours, [prompt, response])
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ("What is this?", "A test."),
+        ("user", "assistant", "user", "user"),
+        ("same", "same", "same", "same"),
+        ("  spaces around ", " \nanswer\n ", "again ", " and again"),
+        ("😀 é", "naïve 👩‍👩‍👧", "שלום", "مرحبا"),
+        ("Question without an answer", "An answer", "and one more"),
+    ],
+)
+def test_every_assistant_turn_is_labelled_and_nothing_else(tokenizer, template: str, turns: tuple[str, ...]) -> None:
+    tokenizer.chat_template = template
+    ours = conversation(*turns)
+    parts = render(ours, "chat", tokenizer)
+    tokenizer.chat_template = CHATML
+    answers = [t.strip() if template == TRIMMING else t for t in turns[1::2]]
+    assert [p.text for p in parts if p.is_response] == [f"{a}<|end|>" for a in answers]
+    whole = "".join(
+        f"<|start|>{role}\n{text.strip() if template == TRIMMING else text}<|end|>\n"
+        for role, text in zip(ours.roles, turns, strict=True)
+    )
+    # what follows the last answer is said by nobody
+    assert whole.startswith("".join(p.text for p in parts)) and len(whole) - sum(len(p.text) for p in parts) <= 1
+    assert_pieces_are_the_fields(ours, parts)
+    assert {piece.field for part in parts for piece in part.pieces} == set(ours.fields)
+
+
+def test_a_template_that_changes_an_earlier_answer(tokenizer) -> None:
+    tokenizer.chat_template = STRIPPING
+    ours = conversation("One?", "<think>hm</think>First.", "Two?", "<think>ah</think>Second.")
+    parts = render(ours, "chat", tokenizer)
+    tokenizer.chat_template = CHATML
+    assert [p.text for p in parts if p.is_response][-1] == "<think>ah</think>Second.<|end|>"
+    placed = {piece.field for part in parts for piece in part.pieces}
+    assert "messages.1" not in placed and {"messages.0", "messages.2", "messages.3"} <= placed
+    assert_pieces_are_the_fields(ours, parts)
+
+
+def test_a_template_without_an_end_token_gets_eos(tokenizer) -> None:
+    tokenizer.chat_template = NO_END
+    parts = render(conversation("Hi", "Hello", "Bye", "So long"), "chat", tokenizer)
+    tokenizer.chat_template = CHATML
+    answers = [(p.text, p.ends_with_eos) for p in parts if p.is_response]
+    assert answers == [("Hello", True), ("So long", True)]
+
+
+def test_formats_that_do_not_fit(tokenizer) -> None:
+    with pytest.raises(UserError, match=r"test:1: .*needs data\.template: chat"):
+        render(conversation("a", "b", "c", "d"), "minillm", tokenizer)
+    bare = train_tokenizer("a b c")
+    with pytest.raises(UserError, match="no chat template"):
+        render(conversation("a", "b"), "chat", bare)
+
+
+@pytest.mark.parametrize("template", ["minillm", "chat", "plain"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Do it.", "input": "This.", "output": "Done."},
+        {"prompt": "Say", "response": "what?"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    ],
+)
+def test_generation_starts_where_training_does(tokenizer, template, row: dict) -> None:
+    ours, config = record(**row), DataConfig(template=template)
+    example = encode(ours, config, tokenizer, None)
+    assert isinstance(example, Example)
+    prompt = encode_prompt(ours, config, tokenizer)
+    assert prompt == example.input_ids[: example.prompt_length].tolist()
+    labels = example.labels[example.prompt_length :]
+    assert (labels == example.input_ids[example.prompt_length :]).all() and labels[-1] == tokenizer.eos_token_id
+    assert (example.labels[: example.prompt_length] == -100).all()
+    assert list(example.input_ids).count(tokenizer.eos_token_id) == (2 if template == "chat" else 1)
