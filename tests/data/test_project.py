@@ -69,7 +69,9 @@ def by_definition(text: str, offsets: np.ndarray, start: int, end: int) -> tuple
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-WORDS = st.sampled_from("The fox it's naïve 😀 é 👩‍👩‍👧 שלום 漢字 $5.00 ﬁne ① x".split(" "))
+WORDS = st.sampled_from(
+    ["The", "fox", "it's", "naïve", "😀", "é", "👩\u200d👩\u200d👧", "שלום", "漢字", "$5.00", "ﬁne", "①", "x"]
+)
 GAPS = st.sampled_from([" ", "  ", "\n", "\t", "", " \r\n", "\u200b", "\u00a0"])
 TEXTS = st.one_of(
     st.text(max_size=40), st.lists(st.tuples(WORDS, GAPS), max_size=10).map(lambda p: "".join(w + g for w, g in p))

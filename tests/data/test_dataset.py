@@ -1,0 +1,135 @@
+"""The encoded data set: equal to encoding record by record, cached by content, and clear about bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import train_tokenizer
+
+from mta_ds.data import DataConfig, Record, SpanStore, build_dataset, encode, read_records
+from mta_ds.errors import UserError
+from mta_ds.models import load_tokenizer
+
+
+@pytest.fixture
+def tokenizer(pair: Path):
+    return load_tokenizer(pair / "student")
+
+
+def build(pair: Path, tokenizer, cache: Path, **options: object):
+    config = DataConfig(**options)
+    return build_dataset([str(pair / "train.jsonl")], config, tokenizer, SpanStore.open(pair / "spans"), cache)
+
+
+def test_equals_encoding_each_record(pair: Path, tokenizer, tmp_path: Path) -> None:
+    dataset = build(pair, tokenizer, tmp_path, max_length=400)
+    lookup = SpanStore.open(pair / "spans").units
+    records = [r for r in read_records([str(pair / "train.jsonl")]) if isinstance(r, Record)]
+    assert len(dataset) == dataset.summary.records == len(records) == 24
+    tokens = covered = labels = 0
+    for i, record in enumerate(records):
+        ours, expected = dataset[i], encode(record, DataConfig(max_length=400), tokenizer, lookup)
+        assert ours.record_id == expected.record_id and ours.prompt_length == expected.prompt_length
+        for name in ("input_ids", "labels"):
+            assert np.array_equal(getattr(ours, name), getattr(expected, name))
+        for granularity, spans in expected.spans.items():
+            assert np.array_equal(ours.spans[granularity], spans) and len(spans)
+        tokens += len(expected.input_ids)
+        covered += len({t for spans in expected.spans.values() for a, b in spans.tolist() for t in range(a, b)})
+        labels += int((expected.labels[1:] != -100).sum())
+    summary = dataset.summary
+    assert (summary.tokens, summary.covered_tokens, summary.label_tokens) == (tokens, covered, labels)
+    assert summary.with_spans == 24 and not summary.dropped
+    with pytest.raises(IndexError):
+        dataset[24]
+
+
+def test_cache_is_used_until_something_changes(pair: Path, tokenizer, tmp_path: Path) -> None:
+    def folders() -> int:
+        return len([p for p in tmp_path.iterdir() if p.name.startswith("examples-")])
+
+    build(pair, tokenizer, tmp_path)
+    build(pair, tokenizer, tmp_path)
+    assert folders() == 1
+    build(pair, tokenizer, tmp_path, max_length=99)
+    build(pair, train_tokenizer("other words"), tmp_path)
+    assert folders() == 3
+    other = Path(shutil.copytree(pair, tmp_path / "other"))
+    lines = (other / "train.jsonl").read_text(encoding="utf-8").splitlines()[:-1]
+    (other / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert len(build(other, tokenizer, tmp_path)) == 23 and folders() == 4
+
+
+def test_without_a_store_there_are_no_spans(pair: Path, tokenizer, tmp_path: Path) -> None:
+    dataset = build_dataset([str(pair / "train.jsonl")], DataConfig(), tokenizer, None, tmp_path)
+    assert dataset.summary.with_spans == dataset.summary.covered_tokens == 0
+    assert dataset[0].spans["word"].shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["{oops"], ":1: bad JSON"),
+        (['{"id": "a", "text": "x"}', '{"id": "a", "text": "y"}'], ":2: id a has other content at .*:1"),
+        (['{"prompt": "only a prompt"}'], "no records left .*1 without a response"),
+        ([], "no records left .*empty"),
+    ],
+)
+def test_bad_records(tokenizer, tmp_path: Path, lines: list[str], words: str) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        build_dataset([str(file)], DataConfig(), tokenizer, None, tmp_path / "cache")
+    assert not [p for p in (tmp_path / "cache").glob("**/*") if p.is_file()]
+
+
+def test_an_equal_duplicate_is_one_record(tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"text": "x y"}\n{"text": "z"}\n{"text": "x y"}\n', encoding="utf-8")
+    assert len(build_dataset([str(file)], DataConfig(), tokenizer, None, tmp_path / "cache")) == 2
+
+
+def test_store_of_other_text_names_the_record(pair: Path, tokenizer, tmp_path: Path) -> None:
+    row = json.loads((pair / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(row | {"instruction": "Something else"}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{row['id']}.*instruction"):
+        build_dataset([str(file)], DataConfig(), tokenizer, SpanStore.open(pair / "spans"), tmp_path)
+
+
+def test_slow_tokenizer_is_refused(tmp_path: Path) -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="fast tokenizer"):
+        build_dataset(["x.jsonl"], DataConfig(), Slow(), None, tmp_path)
+
+
+def test_killed_while_building_leaves_no_half_cache(pair: Path, tokenizer, tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+import mta_ds.data.dataset as d
+from mta_ds.models import load_tokenizer
+from pathlib import Path
+encode = d.encode
+def dying(record, *rest):
+    if record.id.endswith("9"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(record, *rest)
+d.encode = dying
+pair = Path({str(pair)!r})
+tokenizer = load_tokenizer(pair / "student")
+d.build_dataset([str(pair / "train.jsonl")], d.DataConfig(), tokenizer, None, Path({str(tmp_path)!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith("examples-")]
+    dataset = build_dataset([str(pair / "train.jsonl")], DataConfig(), tokenizer, None, tmp_path)
+    assert len(dataset) == 24
+    assert [p.name for p in tmp_path.iterdir()] == [next(tmp_path.glob("examples-*")).name]

@@ -1,0 +1,71 @@
+"""The loader's order is a function of (seed, epoch, global index), however a step is split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mta_ds.data import Example, StepLoader, sample_order
+
+
+class Numbered:
+    """Example i has one token, i."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> Example:
+        ids = np.array([i], dtype=np.int32)
+        none = np.zeros((0, 2), dtype=np.int32)
+        return Example(str(i), ids, ids, {"word": none, "phrase": none}, 0)
+
+
+def steps(size: int, micro: int, gas: int, world: int, num: int, start: int = 0, seed: int = 3) -> list[list[int]]:
+    """Samples of each step over all ranks, in global order."""
+    loaders = [StepLoader(Numbered(size), 0, seed, micro, gas, rank, world) for rank in range(world)]
+    for loader in loaders:
+        loader.samples_consumed = start
+    found = []
+    for _ in range(num):
+        per_rank = [loader.next_step() for loader in loaders]
+        assert all(len(batches) == gas for batches in per_rank)
+        found.append([int(r) for i in range(gas) for batches in per_rank for r in batches[i].record_ids])
+    return found
+
+
+@pytest.mark.parametrize(("micro", "gas", "world"), [(12, 1, 1), (6, 2, 1), (3, 1, 4), (2, 3, 2), (1, 12, 1)])
+def test_a_step_holds_the_same_samples_however_it_is_split(micro: int, gas: int, world: int) -> None:
+    assert steps(31, micro, gas, world, 5) == steps(31, 12, 1, 1, 5)
+
+
+def test_position_alone_says_what_comes_next() -> None:
+    whole = steps(31, 4, 1, 2, 9)
+    assert steps(31, 4, 1, 2, 4, start=5 * 8) == whole[5:]
+    assert steps(31, 2, 2, 2, 4, start=5 * 8) == whole[5:]
+
+
+def test_every_epoch_holds_every_sample_once_in_its_own_order() -> None:
+    flat = [i for step in steps(10, 1, 1, 1, 30) for i in step]
+    epochs = [flat[k : k + 10] for k in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs == [sample_order(10, 3, epoch).tolist() for epoch in range(3)]
+    assert flat != [i for step in steps(10, 1, 1, 1, 30, seed=4) for i in step]
+
+
+def test_more_samples_a_step_than_the_data_has() -> None:
+    ((first),) = steps(3, 4, 1, 2, 1)
+    assert len(first) == 8 and set(first) == {0, 1, 2}
+
+
+def test_position_and_epoch_are_known() -> None:
+    loader = StepLoader(Numbered(10), 0, 0, 2, 2, 0, 1)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    assert (loader.samples_consumed, loader.epoch, loader.samples_per_step) == (12, 1, 4)
+    with pytest.raises(ValueError, match="no examples"):
+        StepLoader(Numbered(0), 0, 0, 1, 1, 0, 1)
