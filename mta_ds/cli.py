@@ -5,6 +5,7 @@ Only typer is imported here; a command imports what it runs, so ``mta-ds --help`
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,11 +36,18 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     follow_parent()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0":
+        logging.getLogger("mta_ds").setLevel(logging.INFO)
     try:
         app()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # what every rank meets is told by rank 0; what only this one met, nobody else can tell
+        if rank == "0":
             print(f"mta-ds: error: {error}", file=sys.stderr)
+        elif not error.on_every_rank:
+            print(f"mta-ds: error: rank {rank}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
