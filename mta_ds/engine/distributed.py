@@ -125,9 +125,9 @@ def on_rank_zero_first(work: Callable[[], T]) -> T:
             raise
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
-        error = UserError(outcome[0])
-        error.on_every_rank = True
-        raise error
+        shared = UserError(outcome[0])
+        shared.on_every_rank = True
+        raise shared
     return result if rank() == 0 else work()  # type: ignore[return-value]
 
 
