@@ -21,19 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, write_atomic
 from mta_ds.models.body import decoder_layers_named
-from mta_ds.models.loading import load_config, quiet_transformers
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "generation_config.json",
-)
+from mta_ds.models.loading import TOKENIZER_FILES, load_config, quiet_transformers
 
 
 def every_kth(num_layers: int, k: int) -> tuple[int, ...]:
@@ -101,7 +89,7 @@ def random_student(config_path: Path, seed: int, tokenizer_from: Path, output: P
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the files that make up a tokenizer (and the generation settings), those there are."""
-    for name in _TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -25,6 +25,18 @@ from mta_ds.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+)
+
 # Models that transform logits after the head: the divergence is computed from hidden states and heads alone.
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -97,6 +109,10 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     Raises:
         UserError: no tokenizer in the folder, or one without character offsets (a slow tokenizer).
     """
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{path}: no tokenizer in the folder (no tokenizer.json); copy its model's tokenizer files there"
+        )
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mta_ds.errors import UsageError, UserError
-from mta_ds.models import StudentConfig, cut_layers, load_pretrained, random_student, resolve_model, student_config
+from mta_ds.models import (
+    StudentConfig,
+    cut_layers,
+    load_pretrained,
+    load_tokenizer,
+    random_student,
+    resolve_model,
+    student_config,
+)
 from mta_ds.models.zero import teacher_config
 
 CONFIGS = {
@@ -102,6 +110,14 @@ def test_folder_without_weights_or_config(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json"):
         load_pretrained(folder, "float32")
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer in the folder"):
+        load_tokenizer(make_model(tmp_path / "model"))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "model")
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./missing", "missing"])
