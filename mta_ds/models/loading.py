@@ -111,7 +111,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
     """
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"{path}: no tokenizer in the folder (no tokenizer.json); copy its model's tokenizer files there"
+            f"{path}: no tokenizer in the folder (no tokenizer.json); copy the model's own there"
         )
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
