@@ -19,13 +19,14 @@ from pydantic import Field
 
 from mta_ds.config import Section
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Example
-from mta_ds.data.encode import DataConfig, Dropped, encode
+from mta_ds.data.encode import DataConfig, Dropped, encode_parts
+from mta_ds.data.template import changed_fields, render
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, sha256, write_atomic
 from mta_ds.spans.records import Record, Reject, input_files, read_records
 from mta_ds.spans.store import SpanStore
 
-_FORMAT = 1  # raise it when encoding changes: older caches are then passed over
+_FORMAT = 2  # raise it when encoding changes: older caches are then passed over
 _ROWS_PER_BATCH = 1024
 _LISTS = ("input_ids", "labels", *GRANULARITIES)
 _SCHEMA = pa.schema(
@@ -49,6 +50,8 @@ class DatasetSummary(Section):
     covered_tokens: int = 0
     """Tokens inside any span."""
     label_tokens: int = 0
+    changed_fields: int = 0
+    """Fields without spans because the chat template changed their text."""
 
 
 class EncodedDataset:
@@ -89,7 +92,8 @@ def build_dataset(
     """Encode the records of ``inputs``, or open what an earlier call with the same content has encoded.
 
     Raises:
-        UserError: a bad row, two records of one id, a store parsed from other text, or no record left.
+        UserError: a bad row, two records of one id, a store parsed from other text or without a record, no record
+            left, or a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, without character offsets; spans need a fast tokenizer")
@@ -103,15 +107,28 @@ def build_dataset(
 
 def _fingerprint(inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None) -> str:
     """Hash of everything that the examples depend on."""
-    files = [[f"{file} {sha256(file)}" for file in input_files(source)] or [source] for source in inputs]
+    files = [[f"{file} {sha256(file)}" for file in _files(source)] or [source] for source in inputs]
     content = {
         "format": _FORMAT,
         "files": files,
         "config": config.model_dump(mode="json", exclude={"train", "validation", "spans"}),
-        "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id],
+        "tokenizer": [
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        ],
         "store": sha256(store.path / "manifest.json") if store else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files(source: str) -> list[Path]:
+    """The local files behind one input; empty for the name of a data set."""
+    files = input_files(source)
+    # a folder that ``datasets`` saved, as it is or with ":split"
+    folders = [name for name in (source, source.rpartition(":")[0]) if name and Path(name).is_dir()]
+    return files or [path for name in folders for path in sorted(Path(name).rglob("*")) if path.is_file()]
 
 
 def _write(
@@ -123,11 +140,13 @@ def _write(
     lookup = store.units if store else None
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for record in _records(inputs):
-            example = encode(record, config, tokenizer, lookup)
+            parts = render(record, config.template, tokenizer)
+            example = encode_parts(record, parts, config, tokenizer, lookup)
             if isinstance(example, Dropped):
                 dropped[example.reason] += 1
                 continue
             _count(example, tally)
+            tally["changed_fields"] += changed_fields(record, parts)
             rows.append(example)
             if len(rows) == _ROWS_PER_BATCH:
                 writer.write_batch(_to_batch(rows))
@@ -146,12 +165,13 @@ def _records(inputs: Sequence[str]) -> Iterator[Record]:
     for record in read_records(inputs):
         if isinstance(record, Reject):
             raise UserError(f"{record.where}: {record.reason}; mend or remove the row")
-        content = hash(tuple(record.fields.items()))
-        before = seen.setdefault(record.id, (content, record.where))
-        if before[1] == record.where:
+        content = hash((*record.fields.items(), *record.roles))
+        if record.id not in seen:
+            seen[record.id] = (content, record.where)
             yield record
-        elif before[0] != content:
-            raise UserError(f"{record.where}: id {record.id} has other content at {before[1]}; ids must be unique")
+        elif seen[record.id][0] != content:
+            first = seen[record.id][1]
+            raise UserError(f"{record.where}: id {record.id} has other content at {first}; ids must be unique")
 
 
 def _count(example: Example, tally: Counter[str]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -14,11 +14,12 @@ from mta_ds.data.collate import GRANULARITIES, IGNORED, Example
 from mta_ds.data.project import project
 from mta_ds.data.template import Part, Template, render
 from mta_ds.data.units import Chosen, UnitConfig, choose
+from mta_ds.errors import UserError
 from mta_ds.spans.records import Record
 from mta_ds.spans.store import Units
 
 Lookup = Callable[[str, str, str], Units | None]
-"""(record id, field, text) -> the field's units."""
+"""(record id, field, text) -> the field's units, None if it was never parsed."""
 
 
 class DataConfig(Section):
@@ -34,7 +35,7 @@ class DataConfig(Section):
     """Tokens of a sequence; the rest is cut off."""
     max_prompt_length: int = Field(default=256, ge=1)
     """Tokens of a single-turn prompt, its first; conversations are cut at ``max_length`` only."""
-    long_prompts: str = Field(default="truncate", pattern="^(truncate|drop)$")
+    long_prompts: Literal["truncate", "drop"] = "truncate"
     """What happens to a record whose prompt is longer."""
     units: UnitConfig = UnitConfig()
 
@@ -54,18 +55,27 @@ class _Tokens(NamedTuple):
 
 
 def encode(record: Record, config: DataConfig, tokenizer: Any, lookup: Lookup | None) -> Example | Dropped:
-    """Tokenize a record, part by part, and project its units.
+    """Render a record and :func:`encode_parts`."""
+    return encode_parts(record, render(record, config.template, tokenizer), config, tokenizer, lookup)
+
+
+def encode_parts(
+    record: Record, parts: Sequence[Part], config: DataConfig, tokenizer: Any, lookup: Lookup | None
+) -> Example | Dropped:
+    """Tokenize a rendered record, part by part, and project its units.
 
     Two units that cover the same tokens are one span. A unit that is not wholly within the kept tokens is dropped.
 
     Args:
         lookup: the span store's; None leaves the spans empty.
+
+    Raises:
+        UserError: the span store does not have the record, or has it with another text.
     """
-    parts = render(record, config.template, tokenizer)
     responses = [i for i, part in enumerate(parts) if part.is_response]
     if not responses:
         return Dropped("without a response")
-    chosen = _choose(record, config, lookup)
+    chosen = _choose(record, parts, config, lookup)
     tokens = _Tokens(*_opening(parts[0], tokenizer), {g: [] for g in GRANULARITIES})
     single_turn = len(responses) == 1 and record.format != "text"
     prompt_length = 0
@@ -79,21 +89,29 @@ def encode(record: Record, config: DataConfig, tokenizer: Any, lookup: Lookup | 
 
 
 def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[int]:
-    """The ids a model is asked to continue: as in training, the prompt's first ``max_prompt_length`` tokens."""
+    """The ids a model is asked to continue: the first ``max_prompt_length`` of what stands before the last response.
+
+    Training puts the same ids there. A conversation is cut here too, as in METHOD §9: what is generated needs its room.
+    """
     (part,) = render(record, config.template, tokenizer, with_response=False)
     ids, _ = _opening(part, tokenizer)
     ids += tokenizer(part.text, add_special_tokens=False)["input_ids"]
     return ids[: config.max_prompt_length]
 
 
-def _choose(record: Record, config: DataConfig, lookup: Lookup | None) -> dict[str, Chosen]:
+def _choose(record: Record, parts: Sequence[Part], config: DataConfig, lookup: Lookup | None) -> dict[str, Chosen]:
+    """The chosen units of every field that has a place in the parts."""
+    chosen: dict[str, Chosen] = {}
     if lookup is None:
-        return {}
-    chosen = {}
-    for field, text in record.fields.items():
-        units = lookup(record.id, field, text)
-        if units is not None:
-            chosen[field] = choose(units, config.units)
+        return chosen
+    for field in dict.fromkeys(piece.field for part in parts for piece in part.pieces):
+        units = lookup(record.id, field, record.fields[field])
+        if units is None:
+            raise UserError(
+                f"{record.where}: record {record.id} (field '{field}') is not in the span store (data.spans), "
+                "which was parsed from other records; run 'mta-ds parse' on these"
+            )
+        chosen[field] = choose(units, config.units)
     return chosen
 
 
@@ -116,11 +134,12 @@ def _append(
         if config.long_prompts == "drop":
             return False
         ids = ids[: max(0, limit - start)]
-    offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[: len(ids)]
+    offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     if part.is_response or config.units.fields == "all":
         for granularity, units in _units_in(part, chosen).items():
             spans = project(part.text, offsets, units)
-            tokens.spans[granularity].append(spans[spans[:, 0] < spans[:, 1]] + start)
+            kept = (spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(ids))
+            tokens.spans[granularity].append(spans[kept] + start)
     if part.ends_with_eos:
         ids = [*ids, tokenizer.eos_token_id]
     tokens.ids.extend(ids)

@@ -76,20 +76,23 @@ def render(record: Record, template: Template, tokenizer: Any, with_response: bo
     text = _Text()
     if template == "plain":
         for field in prompt:
-            text.literal("\n" if text.value else "").field(field, record.fields[field])
+            text.literal("\n" if text.value else "").field(field, record.fields.get(field, ""))
     else:
         literals = _WITH_INPUT if len(prompt) > 1 else _WITHOUT_INPUT
         for literal, field in zip(literals, prompt, strict=False):
-            text.literal(literal).field(field, record.fields[field])
+            text.literal(literal).field(field, record.fields.get(field, ""))
         text.literal(literals[-1])
     parts = [Part(text.value, False, tuple(text.pieces))]
     return [*parts, _response(record, response)] if with_response and response in record.fields else parts
 
 
-def changed_fields(record: Record, parts: Sequence[Part]) -> list[str]:
-    """Fields whose text the template changed or left out, so that their units have no place."""
+def changed_fields(record: Record, parts: Sequence[Part]) -> int:
+    """The number of fields whose text the template changed or left out, so that their units have no place."""
     placed = {piece.field for part in parts for piece in part.pieces}
-    return [field for field in record.fields if field not in placed]
+    meant = {field for field, text in record.fields.items() if text.strip()}
+    if record.format == "preference":
+        meant.discard("rejected")
+    return len(meant - placed)
 
 
 class _Text:
@@ -104,21 +107,23 @@ class _Text:
         return self
 
     def field(self, name: str, text: str) -> _Text:
-        self.pieces.append(Piece(name, 0, len(self.value), len(text)))
+        if text:
+            self.pieces.append(Piece(name, 0, len(self.value), len(text)))
         return self.literal(text)
 
 
 def _prompt_and_response(record: Record) -> tuple[list[str], str]:
-    """Field names of a single-turn record: the prompt's in order, and the response's."""
+    """Field names of a single-turn record: the prompt's in order (an empty text is no field), and the response's."""
     if record.format == "instruction":
-        return [f for f in ("instruction", "input") if f in record.fields], "output"
+        return ["instruction", "input"] if "input" in record.fields else ["instruction"], "output"
     if record.format == "prompt":
         return ["prompt"], "response"
     if record.format == "preference":
         return ["prompt"], "chosen"
     roles = record.roles
     if roles in (("user",), ("user", "assistant")):
-        return ["messages.0"], "messages.1"
+        names = [*record.fields, ""]
+        return names[:1], names[1]
     raise UserError(f"{record.where}: a conversation of turns {' '.join(roles)} needs data.template: chat")
 
 
@@ -131,12 +136,13 @@ def _render_chat(record: Record, tokenizer: Any, with_response: bool) -> list[Pa
     if not tokenizer.chat_template:
         raise UserError("data.template: chat: the tokenizer has no chat template; use minillm or plain")
     messages = _messages(record)
-    if not with_response:
-        if messages[-1].role == "assistant":
-            messages = messages[:-1]
-        whole = _apply(tokenizer, messages, generation=True)
-        return [Part(whole, False, _locate(messages, whole))]
-    return _split_turns(messages, _placed(tokenizer, messages), tokenizer)
+    if with_response:
+        return _split_turns(messages, _place(record, tokenizer, messages), tokenizer)
+    if messages[-1].role == "assistant":
+        messages = messages[:-1]
+    placed = _place(record, tokenizer, messages, generation=True)
+    pieces = (_moved(*pair) for pair in zip(messages, placed.contents, strict=True))
+    return [Part(placed.text, False, tuple(piece for found in pieces for piece in found))]
 
 
 def _messages(record: Record) -> list[_Message]:
@@ -146,61 +152,104 @@ def _messages(record: Record) -> list[_Message]:
     prompt, response = _prompt_and_response(record)
     user = _Text()
     for field in prompt:
-        user.literal("\n\n" if user.value else "").field(field, record.fields[field])
+        user.literal("\n\n" if user.value else "").field(field, record.fields.get(field, ""))
     messages = [_Message("user", user.value, tuple(user.pieces))]
     if text := record.fields.get(response):
         messages.append(_Message("assistant", text, (Piece(response, 0, 0, len(text)),)))
     return messages
 
 
+class _Place(NamedTuple):
+    """Where a message's content lies in a rendered conversation."""
+
+    start: int
+    end: int
+    shift: int | None
+    """Where the content's first character is or, trimmed away, would be; None: the template changed the content."""
+
+
 class _Placed(NamedTuple):
-    """A rendered conversation and where each message's content lies in it (None: the template changed it)."""
+    """A rendered conversation; a content without a place was not found in it."""
 
     text: str
-    contents: list[tuple[int, int, int] | None]
-    """Start in the text, start in the content, length."""
+    contents: Sequence[_Place | None]
 
 
-def _placed(tokenizer: Any, messages: Sequence[_Message]) -> _Placed:
-    """Render twice: with marks for contents, which shows the template around them, and for real."""
-    whole = _apply(tokenizer, messages)
-    marks = [f" \ue000{i}\ue001 " for i in range(len(messages))]
+def _place(record: Record, tokenizer: Any, messages: Sequence[_Message], generation: bool = False) -> _Placed:
+    """Render twice: for real, and with marks for contents, which shows what the template writes around them."""
     try:
-        skeleton = _apply(tokenizer, [m._replace(content=mark) for m, mark in zip(messages, marks, strict=True)])
-    except UserError:
-        return _searched(whole, messages)
-    text, contents, cursor = "", [], 0
-    for message, mark in zip(messages, marks, strict=True):
-        core = mark.strip()
-        at = skeleton.find(core, cursor)
-        if at < 0 or skeleton.count(core) != 1:
-            return _searched(whole, messages)
-        # a template that trims contents has eaten the mark's spaces
-        left, right = skeleton[at - 1 : at] == " ", skeleton[at + len(core) : at + len(core) + 1] == " "
-        content = message.content if left else message.content.lstrip()
-        skipped = len(message.content) - len(content)
-        content = content if right else content.rstrip()
-        text += skeleton[cursor : at - left]
-        contents.append((len(text), skipped, len(content)))
-        text += content
-        cursor = at + len(core) + right
-    text += skeleton[cursor:]
-    return _Placed(text, list(contents)) if text == whole else _searched(whole, messages)
+        whole = _apply(tokenizer, messages, generation)
+    except Exception as error:  # a template may raise anything of jinja's, or its own
+        roles = " ".join(message.role for message in messages)
+        raise UserError(f"{record.where}: the chat template refuses turns {roles}: {error}") from None
+    literals = _literals(tokenizer, messages, generation)
+    return _Placed(whole, _between(whole, messages, literals) or _searched(whole, messages))
 
 
-def _searched(whole: str, messages: Sequence[_Message]) -> _Placed:
-    """For templates that treat some contents specially: find each content, in order, where it stands unchanged."""
-    contents: list[tuple[int, int, int] | None] = []
+def _literals(tokenizer: Any, messages: Sequence[_Message], generation: bool) -> list[str]:
+    """What the template writes before, between and after the contents; empty for one that writes no content once."""
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    try:
+        skeleton = _apply(
+            tokenizer, [m._replace(content=mark) for m, mark in zip(messages, marks, strict=True)], generation
+        )
+    except Exception:  # it insists on something in a content
+        return []
+    literals, cursor = [], 0
+    for mark in marks:
+        at = skeleton.find(mark, cursor)
+        if at < 0 or skeleton.count(mark) != 1:
+            return []
+        literals.append(skeleton[cursor:at])
+        cursor = at + len(mark)
+    return [*literals, skeleton[cursor:]]
+
+
+def _between(whole: str, messages: Sequence[_Message], literals: Sequence[str]) -> list[_Place]:
+    """The contents between the literals; empty where these do not stand as the marks had it."""
+    if not literals or not whole.startswith(literals[0]):
+        return []
+    places, cursor = [], len(literals[0])
+    for i, (message, literal) in enumerate(zip(messages, literals[1:], strict=True)):
+        end = _content_end(whole, cursor, message.content, literal, is_last=i == len(messages) - 1)
+        if end < cursor:
+            return []
+        core, rendered = message.content.strip(), whole[cursor:end]
+        if not core or rendered.count(core) != 1:
+            places.append(_Place(cursor, end, cursor if rendered == message.content else None))
+        else:
+            at = cursor + rendered.index(core)
+            # what the template puts before this content alone is not the speaker's
+            start = cursor if rendered.strip() == core else at
+            places.append(_Place(start, end, at - message.content.index(core)))
+        cursor = end + len(literal)
+    return places
+
+
+def _content_end(whole: str, start: int, content: str, literal: str, is_last: bool) -> int:
+    """Where a content ends that begins at ``start``: as it is, or trimmed, else wherever the next literal stands."""
+    for form in (content, content.strip(), content.rstrip(), content.lstrip()):
+        end = start + len(form)
+        if whole.startswith(form + literal, start) and (not is_last or end + len(literal) == len(whole)):
+            return end
+    if is_last:
+        return len(whole) - len(literal) if whole.endswith(literal) else -1
+    return whole.find(literal, start)
+
+
+def _searched(whole: str, messages: Sequence[_Message]) -> list[_Place | None]:
+    """For templates that write other things around some contents: each content, in order, where it stands unchanged."""
+    places: list[_Place | None] = []
     cursor = 0
     for message in messages:
         core = message.content.strip()
         at = whole.find(core, cursor)
         if at < 0 or not core:
-            contents.append(None)
+            places.append(None)
             continue
-        contents.append((at, message.content.index(core), len(core)))
         cursor = at + len(core)
-    return _Placed(whole, contents)
+        places.append(_Place(at, cursor, at - message.content.index(core)))
+    return places
 
 
 def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) -> list[Part]:
@@ -208,29 +257,38 @@ def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) 
     parts: list[Part] = []
     start = 0
     waiting: list[Piece] = []
-    for message, found in zip(messages, placed.contents, strict=True):
-        if found is None:
+    for message, place in zip(messages, placed.contents, strict=True):
+        if place is None:
             continue
-        at, skipped, length = found
-        pieces = [_shift(piece, at - skipped, at, length) for piece in message.pieces]
+        pieces = _moved(message, place)
         if message.role != "assistant":
-            waiting += [piece for piece in pieces if piece.length > 0]
+            waiting += pieces
             continue
-        end, has_end = _turn_end(placed.text, at + length, tokenizer)
-        before = tuple(piece._replace(start=piece.start - start) for piece in waiting)
-        parts.append(Part(placed.text[start:at], False, before))
-        inside = tuple(piece._replace(start=piece.start - at) for piece in pieces if piece.length > 0)
-        parts.append(Part(placed.text[at:end], True, inside, ends_with_eos=not has_end))
+        end, has_end = _turn_end(placed.text, place.end, tokenizer)
+        parts.append(_part(placed.text, start, place.start, waiting))
+        parts.append(_part(placed.text, place.start, end, pieces, is_response=True, ends_with_eos=not has_end))
         start, waiting = end, []
-    rest = tuple(piece._replace(start=piece.start - start) for piece in waiting)
-    return [*parts, Part(placed.text[start:], False, rest)] if waiting or not parts else parts
+    return [*parts, _part(placed.text, start, len(placed.text), waiting)] if waiting or not parts else parts
 
 
-def _shift(piece: Piece, by: int, first: int, length: int) -> Piece:
-    """A piece of a message's content, moved into the conversation and cut to what the template kept of it."""
-    start = max(piece.start + by, first)
-    end = min(piece.start + by + piece.length, first + length)
-    return Piece(piece.field, piece.field_start + start - (piece.start + by), start, end - start)
+def _part(
+    text: str, start: int, end: int, pieces: Sequence[Piece], is_response: bool = False, ends_with_eos: bool = False
+) -> Part:
+    inside = tuple(piece._replace(start=piece.start - start) for piece in pieces)
+    return Part(text[start:end], is_response, inside, ends_with_eos)
+
+
+def _moved(message: _Message, place: _Place | None) -> list[Piece]:
+    """The pieces of a message's content, where they lie in the conversation, cut to what the template kept of them."""
+    if place is None or place.shift is None:
+        return []
+    moved = []
+    for field, field_start, start, length in message.pieces:
+        first = max(start + place.shift, place.start)
+        last = min(start + place.shift + length, place.end)
+        if first < last:
+            moved.append(Piece(field, field_start + first - (start + place.shift), first, last - first))
+    return moved
 
 
 def _turn_end(text: str, end: int, tokenizer: Any) -> tuple[int, bool]:
@@ -243,20 +301,7 @@ def _turn_end(text: str, end: int, tokenizer: Any) -> tuple[int, bool]:
     return (match.end(), True) if match else (end, False)
 
 
-def _locate(messages: Sequence[_Message], whole: str) -> tuple[Piece, ...]:
-    found = _searched(whole, messages).contents
-    return tuple(
-        _shift(piece, place[0] - place[1], place[0], place[2])
-        for message, place in zip(messages, found, strict=True)
-        if place is not None
-        for piece in message.pieces
-    )
-
-
-def _apply(tokenizer: Any, messages: Sequence[_Message], generation: bool = False) -> str:
+def _apply(tokenizer: Any, messages: Sequence[_Message], generation: bool) -> str:
     plain = [{"role": m.role, "content": m.content} for m in messages]
-    try:
-        text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # a template may raise anything of jinja's, or its own
-        raise UserError(f"the chat template refuses turns {' '.join(m.role for m in messages)}: {error}") from None
+    text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
     return text

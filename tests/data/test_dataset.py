@@ -94,6 +94,26 @@ def test_an_equal_duplicate_is_one_record(tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text('{"text": "x y"}\n{"text": "z"}\n{"text": "x y"}\n', encoding="utf-8")
     assert len(build_dataset([str(file)], DataConfig(), tokenizer, None, tmp_path / "cache")) == 2
+    assert len(build_dataset([str(file)] * 2, DataConfig(), tokenizer, None, tmp_path / "cache")) == 2
+
+
+def test_saved_data_set_is_cached_by_its_content(tokenizer, tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    for number in (2, 3):
+        shutil.rmtree(folder, ignore_errors=True)
+        datasets.Dataset.from_list([{"text": f"text {i}"} for i in range(number)]).save_to_disk(str(folder))
+        assert len(build_dataset([str(folder)], DataConfig(), tokenizer, None, tmp_path / "cache")) == number
+
+
+def test_fields_that_the_chat_template_changes_are_counted(tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    rows = [{"prompt": "Say it", "response": "it"}, {"prompt": "say it", "chosen": "it", "rejected": "no"}]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | lower }}\n{% endfor %}"
+    dataset = build_dataset([str(file)], DataConfig(template="chat"), tokenizer, None, tmp_path / "cache")
+    assert dataset.summary.changed_fields == 1 and dataset.summary.records == 2
 
 
 def test_store_of_other_text_names_the_record(pair: Path, tokenizer, tmp_path: Path) -> None:
@@ -101,6 +121,13 @@ def test_store_of_other_text_names_the_record(pair: Path, tokenizer, tmp_path: P
     file = tmp_path / "records.jsonl"
     file.write_text(json.dumps(row | {"instruction": "Something else"}), encoding="utf-8")
     with pytest.raises(UserError, match=f"{row['id']}.*instruction"):
+        build_dataset([str(file)], DataConfig(), tokenizer, SpanStore.open(pair / "spans"), tmp_path)
+
+
+def test_record_that_was_never_parsed_is_named(pair: Path, tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"id": "new", "prompt": "Who?", "response": "Nobody."}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"records\.jsonl:1: record new .*'prompt'.* not in the span store"):
         build_dataset([str(file)], DataConfig(), tokenizer, SpanStore.open(pair / "spans"), tmp_path)
 
 
@@ -118,12 +145,12 @@ import os, signal
 import mta_ds.data.dataset as d
 from mta_ds.models import load_tokenizer
 from pathlib import Path
-encode = d.encode
+encode_parts = d.encode_parts
 def dying(record, *rest):
     if record.id.endswith("9"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return encode(record, *rest)
-d.encode = dying
+    return encode_parts(record, *rest)
+d.encode_parts = dying
 pair = Path({str(pair)!r})
 tokenizer = load_tokenizer(pair / "student")
 d.build_dataset([str(pair / "train.jsonl")], d.DataConfig(), tokenizer, None, Path({str(tmp_path)!r}))

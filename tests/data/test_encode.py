@@ -95,6 +95,29 @@ def test_long_prompts(tokenizer) -> None:
     assert isinstance(dropped, Dropped) and "max_prompt_length" in dropped.reason
 
 
+def test_a_unit_that_the_cut_prompt_breaks_is_dropped(tokenizer) -> None:
+    whole = run(tokenizer, units=UnitConfig(choose="all"))
+    for limit in range(1, whole.prompt_length):
+        cut = run(tokenizer, max_prompt_length=limit, units=UnitConfig(choose="all"))
+        for granularity, spans in whole.spans.items():
+            prompt = spans[spans[:, 1] <= limit]
+            response = spans[spans[:, 0] >= whole.prompt_length] - (whole.prompt_length - limit)
+            assert cut.spans[granularity].tolist() == [*prompt.tolist(), *response.tolist()]
+
+
+def test_conversations_are_cut_at_their_end_only(tokenizer) -> None:
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate([INSTRUCTION, OUTPUT] * 2)
+    ]
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    whole = run(tokenizer, record(messages=turns), template="chat", max_prompt_length=2)
+    cut = run(tokenizer, record(messages=turns), template="chat", max_length=len(whole.input_ids) - 9)
+    assert cut.input_ids.tolist() == whole.input_ids[:-9].tolist()
+    labelled = tokenizer.decode(whole.input_ids[whole.labels != -100])
+    assert labelled == f"{OUTPUT}{tokenizer.eos_token}" * 2
+    assert texts_of(tokenizer, whole, "word") == (INSTRUCTION.split() + OUTPUT.split()) * 2
+
+
 def test_records_without_a_label_are_dropped(tokenizer) -> None:
     whole = run(tokenizer)
     config = DataConfig(max_length=whole.prompt_length, max_prompt_length=whole.prompt_length)

@@ -6,7 +6,7 @@ import pytest
 from support import train_tokenizer
 
 from mta_ds.data import DataConfig, Example, encode, encode_prompt, render
-from mta_ds.data.template import Part
+from mta_ds.data.template import Part, changed_fields
 from mta_ds.errors import UserError
 from mta_ds.spans.records import Record, parse_row
 
@@ -112,15 +112,69 @@ def test_every_assistant_turn_is_labelled_and_nothing_else(tokenizer, template: 
     assert {piece.field for part in parts for piece in part.pieces} == set(ours.fields)
 
 
-def test_a_template_that_changes_an_earlier_answer(tokenizer) -> None:
+@pytest.mark.parametrize("question", ["One?", "user", "assistant", "First."])
+def test_a_template_that_changes_an_earlier_answer(tokenizer, question: str) -> None:
     tokenizer.chat_template = STRIPPING
-    ours = conversation("One?", "<think>hm</think>First.", "Two?", "<think>ah</think>Second.")
+    ours = conversation(question, "<think>hm</think>First.", "Two?", "<think>ah</think>Second.")
     parts = render(ours, "chat", tokenizer)
     tokenizer.chat_template = CHATML
-    assert [p.text for p in parts if p.is_response][-1] == "<think>ah</think>Second.<|end|>"
+    assert [p.text for p in parts if p.is_response] == ["First.<|end|>", "<think>ah</think>Second.<|end|>"]
+    assert parts[0].text == f"<|start|>user\n{question}<|end|>\n<|start|>assistant\n"
     placed = {piece.field for part in parts for piece in part.pieces}
-    assert "messages.1" not in placed and {"messages.0", "messages.2", "messages.3"} <= placed
+    assert placed == {"messages.0", "messages.2", "messages.3"} and changed_fields(ours, parts) == 1
     assert_pieces_are_the_fields(ours, parts)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "response"),
+    [
+        # the user's text between literals that end and begin with a space, trimmed
+        ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %} "
+         "{{ m.content | trim }} <|end|>{% endif %}{% endfor %}", "[INST] Ask: [/INST] ", "Yes! <|end|>"),
+        # a system message of the template's own
+        ("Be kind.\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+         "Be kind.\nuser:  Ask: \nassistant: ", "\nYes! "),
+        # other literals when a content says something
+        ("{% for m in messages %}{% if 'Yes' in m.content %}!{% endif %}{{ m.content | trim }}<|end|>{% endfor %}",
+         "Ask:<|end|>!", "Yes!<|end|>"),
+    ],
+)  # fmt: skip
+def test_odd_templates(tokenizer, template: str, prompt: str, response: str) -> None:
+    tokenizer.chat_template = template
+    ours = conversation(" Ask: ", "\nYes! ")
+    parts = render(ours, "chat", tokenizer)
+    tokenizer.chat_template = CHATML
+    assert [part.text for part in parts] == [prompt, response]
+    assert not changed_fields(ours, parts)
+    assert_pieces_are_the_fields(ours, parts)
+
+
+def test_texts_that_are_empty(tokenizer) -> None:
+    (prompt, _) = render(record(instruction="", output="3"), "minillm", tokenizer)
+    assert prompt.text.endswith("request.\n\n### Instruction:\n\n\n### Response:\n")
+    (prompt, _) = render(record(instruction="", input="1", output="3"), "minillm", tokenizer)
+    assert prompt.text.endswith("context. Write a response that appropriately completes the request.\n\n"
+                                "### Instruction:\n\n\n### Input:\n1\n\n### Response:\n")  # fmt: skip
+    turns = [{"role": r, "content": c} for r, c in (("system", ""), ("user", "Hi"), ("assistant", "Hello"))]
+    ours = record(messages=turns)
+    assert [p.text for p in render(ours, "plain", tokenizer)] == ["Hi", "Hello"]
+    assert_pieces_are_the_fields(ours, render(ours, "chat", tokenizer))
+
+
+def test_preferences_train_on_the_chosen_response(tokenizer) -> None:
+    ours = record(prompt="Ask", chosen="good", rejected="bad")
+    for template in ("minillm", "chat", "plain"):
+        parts = render(ours, template, tokenizer)
+        assert parts[-1].is_response and parts[-1].text.startswith("good") and not changed_fields(ours, parts)
+        assert not any("bad" in part.text for part in parts)
+
+
+def test_the_prompt_of_a_conversation_knows_its_fields(tokenizer) -> None:
+    ours = conversation("Hi", "Hello", "Who are you?", "A test")
+    (part,) = render(ours, "chat", tokenizer, with_response=False)
+    assert part.text.endswith("Who are you?<|end|>\n<|start|>assistant\n")
+    assert [piece.field for piece in part.pieces] == ["messages.0", "messages.1", "messages.2"]
+    assert_pieces_are_the_fields(ours, [part])
 
 
 def test_a_template_without_an_end_token_gets_eos(tokenizer) -> None:
@@ -134,6 +188,10 @@ def test_a_template_without_an_end_token_gets_eos(tokenizer) -> None:
 def test_formats_that_do_not_fit(tokenizer) -> None:
     with pytest.raises(UserError, match=r"test:1: .*needs data\.template: chat"):
         render(conversation("a", "b", "c", "d"), "minillm", tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"test:1: the chat template refuses turns user assistant: .*alternate"):
+        render(conversation("a", "b"), "chat", tokenizer)
+    tokenizer.chat_template = CHATML
     bare = train_tokenizer("a b c")
     with pytest.raises(UserError, match="no chat template"):
         render(conversation("a", "b"), "chat", bare)
