@@ -144,7 +144,7 @@ def report(
 def demo(
     run_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 36,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 30,
 ) -> None:
     """Distil SmolLM2-135M-Instruct into eight of its layers, on two CPU cores, from parsing to a report."""
     from mta_ds.demo import demo as run
