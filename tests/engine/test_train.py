@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,14 +192,29 @@ def test_export_reloads_with_equal_logits_and_tied_weights(pair: Path, one_rank)
     assert not torch.allclose(start.state_dict()["model.norm.weight"], weights["model.norm.weight"])
 
 
-def test_interrupted_run_resumes_to_the_same_end(pair: Path, tmp_path: Path) -> None:
-    undisturbed = train(pair, tmp_path / "a", 2, train__micro_batch_size=2, train__save_every=1)
-    path = write_config(pair, tmp_path / "b", train__micro_batch_size=2, train__save_every=1, train__max_minutes=1e-9)
-    for _ in range(STEPS - 1):
-        assert run_command("train", path, "--nproc", 2, check=False).returncode == 75
-    assert run_command("train", path, "--nproc", 2, check=False).returncode == 0
+def kill_a_rank(path: Path, rows: int) -> int:
+    """Start two ranks, SIGKILL one once metrics.jsonl has so many rows; the launcher's exit code."""
+    command = [sys.executable, "-m", "mta_ds", "train", str(path), "--nproc", "2"]
+    launcher = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    metrics = path.parent / "metrics.jsonl"
+    while launcher.poll() is None:
+        if metrics.is_file() and metrics.read_text().count("\n") >= rows:
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    return launcher.wait()
+
+
+def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(pair: Path, tmp_path: Path) -> None:
+    options = {"train__micro_batch_size": 2, "train__save_every": 2, "train__steps": 20}
+    undisturbed = train(pair, tmp_path / "a", 2, **options)
+    path = write_config(pair, tmp_path / "b", **options)
+    assert kill_a_rank(path, rows=6) == 128 + signal.SIGKILL
+    stopped = run_command("train", path, "train.max_minutes=1e-9", "--nproc", 2, check=False)
+    assert stopped.returncode == 75, stopped.stderr
+    assert run_command("train", path, "--nproc", 2).returncode == 0
+    assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == (tmp_path / "a" / "metrics.jsonl").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "export")
-    metrics = (tmp_path / "a" / "metrics.jsonl").read_bytes()
-    assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == metrics
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, undisturbed[1][name]), name
