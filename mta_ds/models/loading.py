@@ -110,9 +110,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
         UserError: no tokenizer in the folder, or one without character offsets (a slow tokenizer).
     """
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"{path}: no tokenizer in the folder (no tokenizer.json); copy the model's own there"
-        )
+        raise UserError(f"{path}: no tokenizer in the folder (no tokenizer.json); copy the model's own there")
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
