@@ -80,7 +80,8 @@ def loss_rows(config: RunConfig, pair: Pair) -> Rows:
 def data_rows(name: str, summary: DatasetSummary) -> Rows:
     """Size of a data set, and how much of it MTA can reach."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items()))
-    changed = f"; {summary.changed_fields} fields have none: the template changed them" if summary.changed_fields else ""
+    changed = summary.changed_fields
+    without = f"; {changed} fields have none, the template changed them" if changed else ""
     return [
         (
             f"{name} data",
@@ -90,7 +91,7 @@ def data_rows(name: str, summary: DatasetSummary) -> Rows:
         (
             f"{name} spans",
             f"{_share(summary.with_spans, summary.records)} of the records have spans, "
-            f"which cover {_share(summary.covered_tokens, summary.tokens)} of the tokens{changed}",
+            f"which cover {_share(summary.covered_tokens, summary.tokens)} of the tokens{without}",
         ),
     ]
 
