@@ -67,6 +67,36 @@ def test_cache_is_used_until_something_changes(pair: Path, tokenizer, tmp_path: 
     assert len(build(other, tokenizer, tmp_path)) == 23 and folders() == 4
 
 
+def test_another_store_or_chat_template_is_another_cache(pair: Path, tokenizer, tmp_path: Path) -> None:
+    inputs, config = [str(pair / "train.jsonl")], DataConfig()
+    with_spans = build_dataset(inputs, config, tokenizer, SpanStore.open(pair / "spans"), tmp_path)
+    other = Path(shutil.copytree(pair / "spans", tmp_path / "spans"))
+    (other / "manifest.json").write_text(
+        (other / "manifest.json").read_text(encoding="utf-8").rstrip() + "\n\n", encoding="utf-8"
+    )
+    build_dataset(inputs, config, tokenizer, SpanStore.open(other), tmp_path)
+    without = build_dataset(inputs, config, tokenizer, None, tmp_path)
+    assert with_spans.summary.with_spans and not without.summary.with_spans
+    assert len(list(tmp_path.glob("examples-*"))) == 3
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    build_dataset(inputs, config, tokenizer, None, tmp_path)
+    assert len(list(tmp_path.glob("examples-*"))) == 4
+
+
+def test_examples_are_found_in_every_written_batch(
+    pair: Path, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(pair, tokenizer, tmp_path / "whole")
+    monkeypatch.setattr("mta_ds.data.dataset._ROWS_PER_BATCH", 7)
+    pieces = build(pair, tokenizer, tmp_path / "pieces")
+    assert len(whole) == len(pieces) == 24
+    for i in reversed(range(24)):
+        ours, expected = pieces[i], whole[i]
+        assert (ours.record_id, ours.prompt_length) == (expected.record_id, expected.prompt_length)
+        assert np.array_equal(ours.input_ids, expected.input_ids) and np.array_equal(ours.labels, expected.labels)
+        assert all(np.array_equal(ours.spans[g], expected.spans[g]) for g in expected.spans)
+
+
 def test_without_a_store_there_are_no_spans(pair: Path, tokenizer, tmp_path: Path) -> None:
     dataset = build_dataset([str(pair / "train.jsonl")], DataConfig(), tokenizer, None, tmp_path)
     assert dataset.summary.with_spans == dataset.summary.covered_tokens == 0
