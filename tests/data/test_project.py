@@ -19,7 +19,7 @@ CORPUS = [
     "naïve café coöperate 😀 👩‍👩‍👧 שלום עולם 漢字かな line\nbreak\ttab  two spaces",
 ] * 30
 GPT2 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "gpt2"
-FAMILIES = ("byte-level", "byte-level-prefix", "metaspace", "unigram", "wordpiece", "gpt2")
+FAMILIES = ("byte-level", "byte-level-prefix", "metaspace", "metaspace-bare", "unigram", "wordpiece", "gpt2")
 
 
 @cache
@@ -35,9 +35,10 @@ def tokenizer(family: str) -> Tokenizer:
         backend, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=family.endswith("prefix"))
         options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    elif family == "metaspace":
+    elif family.startswith("metaspace"):
         backend, trainer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), trainers.BpeTrainer
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        scheme = "never" if family.endswith("bare") else "always"  # a space before the text, or none
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         options = {"special_tokens": ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]}
     elif family == "unigram":
         backend, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer
@@ -70,7 +71,23 @@ def by_definition(text: str, offsets: np.ndarray, start: int, end: int) -> tuple
 
 
 WORDS = st.sampled_from(
-    ["The", "fox", "it's", "naïve", "😀", "é", "👩\u200d👩\u200d👧", "שלום", "漢字", "$5.00", "ﬁne", "①", "x"]
+    [
+        "The",
+        "fox",
+        "it's",
+        "naïve",
+        "😀",
+        "é",
+        "👩\u200d👩\u200d👧",
+        "שלום",
+        "漢字",
+        "$5.00",
+        "ﬁne",
+        "①",
+        "x",
+        "cafe\u0301",
+        "a\u0308\u0323",
+    ]
 )
 GAPS = st.sampled_from([" ", "  ", "\n", "\t", "", " \r\n", "\u200b", "\u00a0"])
 TEXTS = st.one_of(
