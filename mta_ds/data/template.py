@@ -183,7 +183,7 @@ def _place(record: Record, tokenizer: Any, messages: Sequence[_Message], generat
         roles = " ".join(message.role for message in messages)
         raise UserError(f"{record.where}: the chat template refuses turns {roles}: {error}") from None
     literals = _literals(tokenizer, messages, generation)
-    return _Placed(whole, _between(whole, messages, literals) or _searched(whole, messages))
+    return _Placed(whole, _between(whole, messages, literals) or _searched(whole, messages, tokenizer, generation))
 
 
 def _literals(tokenizer: Any, messages: Sequence[_Message], generation: bool) -> list[str]:
@@ -237,19 +237,37 @@ def _content_end(whole: str, start: int, content: str, literal: str, is_last: bo
     return whole.find(literal, start)
 
 
-def _searched(whole: str, messages: Sequence[_Message]) -> list[_Place | None]:
-    """For templates that write other things around some contents: each content, in order, where it stands unchanged."""
+def _searched(whole: str, messages: Sequence[_Message], tokenizer: Any, generation: bool) -> list[_Place | None]:
+    """For templates that write other things around some contents: each in its own frame, else where it stands."""
     places: list[_Place | None] = []
     cursor = 0
-    for message in messages:
+    for i, message in enumerate(messages):
         core = message.content.strip()
-        at = whole.find(core, cursor)
-        if at < 0 or not core:
-            places.append(None)
-            continue
-        cursor = at + len(core)
-        places.append(_Place(at, cursor, at - message.content.index(core)))
+        framed = _framed(whole, messages, i, tokenizer, generation)
+        first, last = framed or (cursor, len(whole))
+        at = whole.find(core, max(first, cursor), last) if core else -1
+        if at >= 0:
+            places.append(_Place(at, at + len(core), at - message.content.index(core)))
+        else:
+            places.append(_Place(first, last, None) if framed and first >= cursor else None)
+        found = places[-1]
+        cursor = found.end if found else cursor
     return places
+
+
+def _framed(
+    whole: str, messages: Sequence[_Message], i: int, tokenizer: Any, generation: bool
+) -> tuple[int, int] | None:
+    """Where message ``i`` lies by what the template writes around a mark in its place; None if that differs."""
+    mark = "\ue000\ue001"
+    marked = [m._replace(content=mark) if j == i else m for j, m in enumerate(messages)]
+    try:
+        before, found, after = _apply(tokenizer, marked, generation).partition(mark)
+    except Exception:  # it insists on something in a content
+        return None
+    start, end = len(before), len(whole) - len(after)
+    fits = found and mark not in after and whole.startswith(before) and whole.endswith(after)
+    return (start, end) if fits and start <= end else None
 
 
 def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) -> list[Part]:

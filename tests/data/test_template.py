@@ -216,3 +216,21 @@ def test_generation_starts_where_training_does(tokenizer, template, row: dict) -
     assert (labels == example.input_ids[example.prompt_length :]).all() and labels[-1] == tokenizer.eos_token_id
     assert (example.labels[: example.prompt_length] == -100).all()
     assert list(example.input_ids).count(tokenizer.eos_token_id) == (2 if template == "chat" else 1)
+
+
+# strips thoughts from earlier answers and writes an empty one into a last answer without, as Qwen3's template does
+THINKING = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n"
+    "{% if m['role'] != 'assistant' %}{{ m['content'] }}"
+    "{% elif not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% elif '</think>' in m['content'] %}{{ m['content'] }}"
+    "{% else %}<think>\n\n</think>\n\n{{ m['content'] }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_that_lost_its_thought_is_still_labelled(tokenizer) -> None:
+    tokenizer.chat_template = THINKING
+    parts = render(conversation("q", "<think>x</think>ans", "q2", "<think>y</think>ans2"), "chat", tokenizer)
+    tokenizer.chat_template = CHATML
+    assert [p.text for p in parts if p.is_response] == ["ans<|end|>", "<think>y</think>ans2<|end|>"]
