@@ -91,9 +91,9 @@ def encode_parts(
 def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[int]:
     """The ids a model is asked to continue: the first ``max_prompt_length`` of what stands before the last response.
 
-    Training puts the same ids there, unless a template writes more before an answer than its own generation prompt
-    holds (an empty thought, a space): training's prompt then ends with that too. A conversation is cut here as well,
-    as in METHOD §9: what is generated needs its room.
+    Training puts the same ids there, unless a template's generation prompt is not how it renders answers (one that
+    opens a thought which the template then strips). A conversation is cut here as well: what is generated needs its
+    room.
     """
     (part,) = render(record, config.template, tokenizer, with_response=False)
     ids, _ = _opening(part, tokenizer)

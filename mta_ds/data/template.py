@@ -28,6 +28,7 @@ _WITH_INPUT = (
     "\n\n### Response:\n",
 )
 
+_MARK = "\ue000\ue001"  # private use: no content and no template has it
 _END_TOKEN = re.compile(r"end|eo[tsm]|/s", re.IGNORECASE)
 
 
@@ -219,7 +220,7 @@ def _between(whole: str, messages: Sequence[_Message], literals: Sequence[str]) 
             places.append(_Place(cursor, end, cursor if rendered == message.content else None))
         else:
             at = cursor + rendered.index(core)
-            # what the template puts before this content alone is not the speaker's
+            # the template may put more before this content than before a mark, such as an empty thought
             start = cursor if rendered.strip() == core else at
             places.append(_Place(start, end, at - message.content.index(core)))
         cursor = end + len(literal)
@@ -259,23 +260,26 @@ def _framed(
     whole: str, messages: Sequence[_Message], i: int, tokenizer: Any, generation: bool
 ) -> tuple[int, int] | None:
     """Where message ``i`` lies by what the template writes around a mark in its place; None if that differs."""
-    mark = "\ue000\ue001"
-    marked = [m._replace(content=mark) if j == i else m for j, m in enumerate(messages)]
+    marked = [m._replace(content=_MARK) if j == i else m for j, m in enumerate(messages)]
     try:
-        before, found, after = _apply(tokenizer, marked, generation).partition(mark)
+        before, found, after = _apply(tokenizer, marked, generation).partition(_MARK)
     except Exception:  # it insists on something in a content
         return None
     start, end = len(before), len(whole) - len(after)
-    fits = found and mark not in after and whole.startswith(before) and whole.endswith(after)
+    fits = found and _MARK not in after and whole.startswith(before) and whole.endswith(after)
     return (start, end) if fits and start <= end else None
 
 
 def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) -> list[Part]:
-    """Cut a conversation into prompts and responses; a response holds its turn's end token."""
+    """Cut a conversation into prompts and responses; a response holds its turn's end token.
+
+    A response starts where generation would: what a template writes between its generation prompt and a content (an
+    empty thought, a space) is the model's to write.
+    """
     parts: list[Part] = []
     start = 0
     waiting: list[Piece] = []
-    for message, place in zip(messages, placed.contents, strict=True):
+    for i, (message, place) in enumerate(zip(messages, placed.contents, strict=True)):
         if place is None:
             continue
         pieces = _moved(message, place)
@@ -283,10 +287,21 @@ def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) 
             waiting += pieces
             continue
         end, has_end = _turn_end(placed.text, place.end, tokenizer)
-        parts.append(_part(placed.text, start, place.start, waiting))
-        parts.append(_part(placed.text, place.start, end, pieces, is_response=True, ends_with_eos=not has_end))
+        asked = _generation_start(placed.text, messages[:i], tokenizer)
+        first = asked if start <= asked <= place.start else place.start
+        parts.append(_part(placed.text, start, first, waiting))
+        parts.append(_part(placed.text, first, end, pieces, is_response=True, ends_with_eos=not has_end))
         start, waiting = end, []
     return [*parts, _part(placed.text, start, len(placed.text), waiting)] if waiting or not parts else parts
+
+
+def _generation_start(text: str, before: Sequence[_Message], tokenizer: Any) -> int:
+    """Where the generation prompt after the messages ``before`` ends in ``text``; -1 if ``text`` does not have it."""
+    try:
+        prompt = _apply(tokenizer, before, generation=True)
+    except Exception:  # a conversation that no template lets an assistant begin
+        return -1
+    return len(prompt) if text.startswith(prompt) else -1
 
 
 def _part(
@@ -320,6 +335,13 @@ def _turn_end(text: str, end: int, tokenizer: Any) -> tuple[int, bool]:
 
 
 def _apply(tokenizer: Any, messages: Sequence[_Message], generation: bool) -> str:
+    """The conversation as the template writes it; with ``generation`` up to where an answer would begin."""
     plain = [{"role": m.role, "content": m.content} for m in messages]
     text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
-    return text
+    if not generation or text != tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=False):
+        return text
+    # a template that knows no generation prompt, but may still announce the speaker
+    answered = [*plain, {"role": "assistant", "content": _MARK}]
+    before, found, _ = tokenizer.apply_chat_template(answered, tokenize=False).partition(_MARK)
+    header = before[len(text) :] if found and before.startswith(text) else ""
+    return text + header if header.strip() else text

@@ -130,13 +130,13 @@ def test_a_template_that_changes_an_earlier_answer(tokenizer, question: str) -> 
     [
         # the user's text between literals that end and begin with a space, trimmed
         ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% else %} "
-         "{{ m.content | trim }} <|end|>{% endif %}{% endfor %}", "[INST] Ask: [/INST] ", "Yes! <|end|>"),
+         "{{ m.content | trim }} <|end|>{% endif %}{% endfor %}", "[INST] Ask: [/INST]", " Yes! <|end|>"),
         # a system message of the template's own
         ("Be kind.\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
          "Be kind.\nuser:  Ask: \nassistant: ", "\nYes! "),
-        # other literals when a content says something
+        # other literals when a content says something: the model's to write
         ("{% for m in messages %}{% if 'Yes' in m.content %}!{% endif %}{{ m.content | trim }}<|end|>{% endfor %}",
-         "Ask:<|end|>!", "Yes!<|end|>"),
+         "Ask:<|end|>", "!Yes!<|end|>"),
     ],
 )  # fmt: skip
 def test_odd_templates(tokenizer, template: str, prompt: str, response: str) -> None:
@@ -234,3 +234,36 @@ def test_an_answer_that_lost_its_thought_is_still_labelled(tokenizer) -> None:
     parts = render(conversation("q", "<think>x</think>ans", "q2", "<think>y</think>ans2"), "chat", tokenizer)
     tokenizer.chat_template = CHATML
     assert [p.text for p in parts if p.is_response] == ["ans<|end|>", "<think>y</think>ans2<|end|>"]
+
+
+# no generation prompt, and each speaker is announced
+HEADERS = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+
+# the generation prompt ends at the bracket, the answer is written after a space, as in Llama-2's template
+BRACKETS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|start|>[INST] {{ m['content'] | trim }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} <|end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [(THINKING, ["", "<think>\n\n</think>\n\n"]), (BRACKETS, [" ", " "]), (HEADERS, ["", ""])],
+)
+def test_what_a_template_writes_before_an_answer_is_the_models_to_write(tokenizer, template: str, answers) -> None:
+    tokenizer.chat_template = template
+    try:
+        ours = conversation("What now?", "Hello there", "And then?", "So long")
+        responses = [part for part in render(ours, "chat", tokenizer) if part.is_response]
+        example = encode(ours, DataConfig(template="chat"), tokenizer, None)
+        asked = encode_prompt(ours, DataConfig(template="chat"), tokenizer)
+    finally:
+        tokenizer.chat_template = CHATML
+    for part, extra, content in zip(responses, answers, ["Hello there", "So long"], strict=True):
+        assert part.text.startswith(extra + content)
+        (piece,) = part.pieces
+        assert part.text[piece.start : piece.start + piece.length] == content
+    assert isinstance(example, Example)
+    assert example.input_ids[: len(asked)].tolist() == asked
+    assert (example.labels[len(asked) :] == example.input_ids[len(asked) :]).all()
+    assert example.labels[len(asked) - 1] == -100
