@@ -1,0 +1,198 @@
+"""What the benchmarks share: contestants in processes of their own, measured in turns; rows, their table and JSON.
+
+A contestant is a function that builds its inputs and returns the work to measure. Each lives in its own process, so
+that its peak memory is its own, and all run one after the other in every round, so that a machine that slows down
+slows them all. Times are medians of the rounds after a warm-up; a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure; ``bound`` and ``holds`` are None where nothing is promised."""
+
+    name: str
+    value: float | str
+    unit: str = ""
+    bound: str | None = None
+    holds: bool | None = None
+
+
+def bounded(name: str, value: float, relation: Literal["<=", ">="], bound: float | None, unit: str = "×") -> Row:
+    """A figure with a promise, or a plain one where ``bound`` is None."""
+    if bound is None:
+        return Row(name, value, unit)
+    return Row(name, value, unit, f"{relation} {bound:.3g}", value <= bound if relation == "<=" else value >= bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one contestant needed."""
+
+    seconds: list[float]
+    """One entry a round."""
+    extra_bytes: int
+    """Peak memory of one call over what the process held before it."""
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def time_ratio(a: Measured, b: Measured) -> float:
+    """How many times as long ``a`` takes as ``b``."""
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+
+
+def measure(contestants: Mapping[str, tuple[Any, ...]], rounds: int) -> dict[str, Measured]:
+    """Measure all contestants in turns.
+
+    Args:
+        contestants: name -> (function, its arguments ...); the function returns the work.
+    """
+    # forked from a server that has imported everything and run nothing: no process pays for imports, none has threads
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mta_ds.losses", "rich.table"])
+    pipes: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name, (make, *arguments) in contestants.items():
+            pipes[name], theirs = context.Pipe()
+            processes.append(context.Process(target=_contest, args=(theirs, make, arguments), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            _ask(name, pipes[name], "warm up")
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(rounds):
+            for name, pipe in pipes.items():
+                seconds[name].append(_ask(name, pipe, "time"))
+        return {name: Measured(seconds[name], int(_ask(name, pipe, "memory"))) for name, pipe in pipes.items()}
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _ask(name: str, pipe: Connection, request: str) -> float:
+    pipe.send(request)
+    try:
+        answer = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise SystemExit(f"{name}: the process ended without an answer (out of memory?)") from None
+    if isinstance(answer, str):
+        raise SystemExit(f"{name}: {answer}")
+    return float(answer)
+
+
+def _contest(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    """The contestant's process: answer every request with a number, or with a traceback."""
+    try:
+        work = make(*arguments)
+        while True:
+            request = pipe.recv()
+            release_memory()
+            before = reset_peak()
+            began = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - began
+            pipe.send(peak_bytes() - before if request == "memory" else seconds)
+    except (EOFError, ConnectionError):
+        return
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, and the next call would seem to need none."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak(pid: int | str = "self") -> int:
+    """Start a new high-water mark of a process; returns the memory that it holds now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return _status_bytes(pid, "VmRSS")
+
+
+def peak_bytes(pid: int | str = "self") -> int:
+    """High-water mark of a process since its last reset."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def anonymous_peak_bytes(pid: int) -> int:
+    """The same without mapped files, which are no copy: what is mapped now counts as mapped at the peak."""
+    return peak_bytes(pid) - _status_bytes(pid, "RssFile") - _status_bytes(pid, "RssShmem")
+
+
+def _status_bytes(pid: int | str, key: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/status has no {key}")
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; without, torch is over 100 times slower than in fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """Options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process; default: one a core")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that are measured")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--small", action="store_true", help="sizes of a smoke test: seconds, and no bounds")
+    return parser
+
+
+def pin_threads(threads: int) -> None:
+    """For this process and those it starts; threads that spin while they wait would slow everything else."""
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    torch.set_num_threads(threads)
+
+
+def machine_row(threads: int) -> Row:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    bfloat16 = "fast bf16 products" if has_fast_bfloat16() else "no fast bf16 products"
+    cores = f"{os.cpu_count()} cores, {threads} threads"
+    return Row("machine", f"{model}, {cores}, {bfloat16}, torch {torch.__version__}")
+
+
+def report(title: str, rows: list[Row], file: Path | None) -> None:
+    """Print the table and write the JSON."""
+    table = Table(title=title, title_justify="left")
+    for column in ("what", "value", "bound", "holds"):
+        table.add_column(column)
+    for row in rows:
+        value = row.value if isinstance(row.value, str) else f"{row.value:.4g} {row.unit}"
+        holds = "" if row.holds is None else "yes" if row.holds else "NO"
+        table.add_row(row.name, value, row.bound or "", holds)
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,372 @@
+"""Structural ops and divergence: time and memory against the published formulation, against the bare matrix products
+that nothing can avoid, and against the ops' own references.
+
+    python benchmarks/ops.py                                    # everything, some ten minutes on two cores
+    python benchmarks/ops.py --cases structural --dtype bfloat16 --json rows.json
+    python benchmarks/ops.py --small                            # a smoke test
+
+Before anything is measured, value and gradients of the published formulation and of :class:`mta_ds.losses.MTALoss`
+must agree. Times include forward and backward; memory is what a call needs over its inputs, gradients included.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from common import (
+    Measured,
+    Row,
+    Work,
+    bounded,
+    has_fast_bfloat16,
+    machine_row,
+    measure,
+    options,
+    pin_threads,
+    report,
+    time_ratio,
+)
+from published import pad_spans, published_loss
+from torch import Tensor
+
+from mta_ds import ops
+from mta_ds.losses import MTAConfig, MTALoss
+from mta_ds.losses.mta import Reduction
+from mta_ds.ops import Divergence, divergence_values, linear_divergence, reference
+
+GRANULARITIES = ("word", "phrase", "phrase")
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Sizes of a structural case; the defaults are those of the promises."""
+
+    num_sequences: int
+    length: int = 256
+    student_width: int = 768
+    teacher_width: int = 1600
+    num_words: int = 195
+    num_phrases: int = 75
+
+    def __str__(self) -> str:
+        return f"{self.num_sequences}x{self.length}"
+
+
+class RaggedSpans(NamedTuple):
+    """What :class:`mta_ds.losses.mta.Spans` asks for."""
+
+    ranges: Tensor
+    cu_spans: Tensor
+
+
+class Inputs(NamedTuple):
+    """Seeded states of three key layers."""
+
+    student: list[Tensor]
+    """[n, d_S], requiring grad."""
+    teacher: list[Tensor]
+    """[n, d_T]"""
+    projections: list[Tensor]
+    """[d_T, d_S], requiring grad."""
+    cu_seqlens: Tensor
+    spans: dict[str, RaggedSpans]
+
+
+def make_inputs(size: Size, dtype: torch.dtype) -> Inputs:
+    """Random states, and words and phrases as an instruction record has them."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = size.num_sequences * size.length
+
+    def states(rows: int, width: int, requires_grad: bool, scale: float = 1.0) -> list[Tensor]:
+        each = [torch.randn(rows, width, generator=generator).mul_(scale).to(dtype) for _ in GRANULARITIES]
+        return [x.requires_grad_(requires_grad) for x in each]
+
+    draw = random.Random(0)
+    words = [word_spans(size, draw) for _ in range(size.num_sequences)]
+    phrases = [phrase_spans(size, draw) for _ in range(size.num_sequences)]
+    return Inputs(
+        student=states(num_tokens, size.student_width, True),
+        teacher=states(num_tokens, size.teacher_width, False),
+        projections=states(size.teacher_width, size.student_width, True, scale=size.student_width**-0.5),
+        cu_seqlens=torch.arange(0, num_tokens + 1, size.length),
+        spans={"word": concatenate(words, size.length), "phrase": concatenate(phrases, size.length)},
+    )
+
+
+def word_spans(size: Size, draw: random.Random) -> list[tuple[int, int]]:
+    """Words of one or two tokens that tile the sequence."""
+    lengths = [1] * size.num_words
+    for longer in draw.sample(range(size.num_words), size.length - size.num_words):
+        lengths[longer] = 2
+    ends = [sum(lengths[: i + 1]) for i in range(size.num_words)]
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def phrase_spans(size: Size, draw: random.Random) -> list[tuple[int, int]]:
+    """Phrases of two to six tokens, some of them inside others."""
+    spans: set[tuple[int, int]] = set()
+    while len(spans) < size.num_phrases:
+        length = draw.randint(2, 6)
+        start = draw.randint(0, size.length - length)
+        spans.add((start, start + length))
+    return sorted(spans, key=lambda span: (span[0], -span[1]))
+
+
+def concatenate(sequences: list[list[tuple[int, int]]], length: int) -> RaggedSpans:
+    """Spans of every sequence, shifted to where it stands in the concatenation."""
+    ranges = [(start + i * length, end + i * length) for i, spans in enumerate(sequences) for start, end in spans]
+    counts = torch.tensor([0] + [len(spans) for spans in sequences])
+    return RaggedSpans(torch.tensor(ranges), counts.cumsum(0))
+
+
+Gradients = tuple[Tensor, ...]
+
+
+def make_published(size: Size, dtype: torch.dtype) -> Work:
+    """Forward and backward of the published formulation; returns loss and gradients."""
+    inputs = make_inputs(size, dtype)
+    shape = (size.num_sequences, size.length)
+    mask = torch.ones(shape, dtype=torch.bool)
+    padded = {name: pad_spans(*spans, *shape) for name, spans in inputs.spans.items()}
+    spans = [padded[name] for name in GRANULARITIES]
+
+    def run() -> tuple[Tensor, Gradients]:
+        student, teacher = ([x.unflatten(0, shape) for x in side] for side in (inputs.student, inputs.teacher))
+        loss = published_loss(student, teacher, inputs.projections, mask, spans)
+        return loss.detach(), torch.autograd.grad(loss, [*inputs.student, *inputs.projections])
+
+    return run
+
+
+def make_ours(size: Size, dtype: torch.dtype, reduction: Reduction) -> Work:
+    """The same of :class:`MTALoss`."""
+    inputs = make_inputs(size, dtype)
+    module = MTALoss(size.student_width, size.teacher_width, GRANULARITIES, MTAConfig(reduction=reduction)).to(dtype)
+    for layer, projection in zip(module.projections, inputs.projections, strict=True):
+        layer.weight.data = projection.detach()
+
+    def run() -> tuple[Tensor, Gradients]:
+        loss, _ = module(inputs.student, inputs.teacher, inputs.cu_seqlens, inputs.spans)
+        return loss.detach(), torch.autograd.grad(loss, [*inputs.student, *module.parameters()])
+
+    return run
+
+
+def make_floor(size: Size, dtype: torch.dtype) -> Work:
+    """The matrix products of both token weights, DSA and Hid, with their gradients' and nothing else, into outputs
+    that exist."""
+    inputs = make_inputs(size, dtype)
+    products = []
+    for student, teacher, projection, name in zip(*inputs[:3], GRANULARITIES, strict=True):
+        sequences = (size.num_sequences, size.length)
+        student, teacher, projection = student.detach(), teacher, projection.detach()
+        scored = [x.unflatten(0, sequences) for x in (student, teacher)]
+        num_spans = len(inputs.spans[name].ranges) // size.num_sequences
+        pooled = [x[:, :num_spans].contiguous() for x in scored]
+        for x in (*scored, *pooled):
+            products.append((x, x.transpose(1, 2)))
+        gram = torch.randn(size.num_sequences, num_spans, num_spans).to(dtype)
+        products.append((gram, pooled[0]))
+        num_covered = len(reference.covered_tokens(inputs.spans[name].ranges, len(student)))
+        hidden, target = student[:num_covered], teacher[:num_covered]
+        products += [(hidden, projection.T), (target, projection), (target.T, hidden)]
+    with_outputs = [(a, b, a @ b) for a, b in products]
+
+    def run() -> None:
+        for a, b, output in with_outputs:
+            torch.matmul(a, b, out=output)
+
+    return run
+
+
+def check_equality(size: Size) -> Row:
+    """Published and ours must be one loss: value and every gradient, in fp32."""
+    value, gradients = make_published(size, torch.float32)()
+    our_value, our_gradients = make_ours(size, torch.float32, "weighted_mean")()
+    worst = 0.0
+    for expected, got in zip((value, *gradients), (our_value, *our_gradients), strict=True):
+        worst = max(worst, float((got - expected).norm() / expected.norm()))
+    assert worst <= TOLERANCE, f"published formulation and ours differ by {worst:.1e} of their norm"
+    return bounded("published and ours: worst relative difference of value and gradients", worst, "<=", TOLERANCE, "")
+
+
+def structural(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
+    """The whole structural loss of three key layers against published formulation and floor."""
+    if small:
+        sizes = [Size(2, 32, 24, 40, 25, 9), Size(4, 32, 24, 40, 25, 9)]
+        eighth = Size(1, 32, 24, 40, 25, 9)
+    else:
+        sizes, eighth = [Size(16), Size(64)], Size(8)
+    rows = [check_equality(sizes[0] if small else Size(4))]
+    bounds = {16: (2.5, 1 / 3), 64: (6.0, 1 / 6)}
+    for size in sizes:
+        contestants = {
+            "published": (make_published, size, dtype),
+            "weighted_mean": (make_ours, size, dtype, "weighted_mean"),
+            "sequence_mean": (make_ours, size, dtype, "sequence_mean"),
+            "floor": (make_floor, size, dtype),
+        }
+        if size is sizes[-1]:
+            contestants["eighth"] = (make_ours, eighth, dtype, "sequence_mean")
+        results = measure(contestants, repeats)
+        faster, smaller = (None, None) if small else bounds[size.num_sequences]
+        rows += structural_rows(f"{name_of(dtype)} {size}", results, dtype, faster, smaller)
+        if size is sizes[-1]:
+            rows += linearity_rows(f"{name_of(dtype)} {eighth} -> {size}", results, None if small else 8.8)
+    return rows
+
+
+def structural_rows(
+    label: str, results: dict[str, Measured], dtype: torch.dtype, faster: float | None, smaller: float | None
+) -> list[Row]:
+    """Figures of one size. In fp32 the products bound what is possible, so the promise is about them."""
+    published, floor = results["published"], results["floor"]
+    bfloat16 = dtype == torch.bfloat16
+    rows = [
+        Row(f"{label} published", published.median_seconds, "s"),
+        Row(f"{label} floor (bare products)", floor.median_seconds, "s"),
+        Row(f"{label} published: extra memory", published.extra_bytes / 1e6, "MB"),
+    ]
+    for name in ("weighted_mean", "sequence_mean"):
+        ours = results[name]
+        above_floor = None if bfloat16 or faster is None else 1.25
+        memory_ratio = ours.extra_bytes / published.extra_bytes
+        rows += [
+            Row(f"{label} ours, {name}", ours.median_seconds, "s"),
+            Row(f"{label} ours, {name}: extra memory", ours.extra_bytes / 1e6, "MB"),
+            bounded(f"{label} time published / ours, {name}", time_ratio(published, ours), ">=", faster * bfloat16)
+            if faster and bfloat16
+            else Row(f"{label} time published / ours, {name}", time_ratio(published, ours), "×"),
+            bounded(f"{label} time ours, {name} / floor", time_ratio(ours, floor), "<=", above_floor),
+            bounded(f"{label} extra memory ours, {name} / published", memory_ratio, "<=", smaller),
+        ]
+    return rows
+
+
+def linearity_rows(label: str, results: dict[str, Measured], bound: float | None) -> list[Row]:
+    """Eight times the batch must need no more than eight times as much, and 10 %."""
+    whole, eighth = results["sequence_mean"], results["eighth"]
+    return [
+        bounded(f"{label} time of ours", time_ratio(whole, eighth), "<=", bound),
+        bounded(f"{label} extra memory of ours", whole.extra_bytes / max(1, eighth.extra_bytes), "<=", bound),
+    ]
+
+
+def make_op(name: str, module_name: str, size: Size, dtype: torch.dtype) -> Work:
+    """One op's forward and backward, from ``mta_ds.ops`` ("ours") or ``mta_ds.ops.reference``."""
+    module = ops if module_name == "ours" else reference
+    inputs = make_inputs(size, dtype)
+    student, teacher, projection = inputs.student[0], inputs.teacher[0], inputs.projections[0]
+    ranges, cu_spans = inputs.spans["word"]
+    weights = reference.token_weights(teacher, inputs.cu_seqlens)
+    if name == "token_weights":
+        return lambda: module.token_weights(teacher, inputs.cu_seqlens)
+    if name == "span_pool":
+        upstream = torch.randn(len(ranges), size.student_width)
+        return lambda: torch.autograd.grad(module.span_pool(student, weights, ranges), student, upstream)
+    if name == "dsa":
+        theirs = reference.span_pool(teacher, weights, ranges)
+        ours = reference.span_pool(student.detach(), weights, ranges).requires_grad_()
+        omega = reference.span_weights(weights, ranges, cu_spans)
+        return lambda: torch.autograd.grad(module.dsa(ours, theirs, omega, cu_spans)[0].sum(), ours)
+    assert name == "hid", name
+    return lambda: torch.autograd.grad(module.hid(student, projection, teacher, weights), (student, projection))
+
+
+def single_ops(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
+    """Each op alone against the reference that defines it."""
+    size = Size(2, 32, 24, 40, 25, 9) if small else Size(16)
+    rows = []
+    for name in ("token_weights", "span_pool", "dsa", "hid"):
+        both = {module: (make_op, name, module, size, dtype) for module in ("ours", "reference")}
+        results = measure(both, repeats)
+        label = f"{name_of(dtype)} {size} {name}"
+        rows += [
+            Row(f"{label}", results["ours"].median_seconds * 1e3, "ms"),
+            Row(f"{label}: time ours / reference", time_ratio(results["ours"], results["reference"]), "×"),
+        ]
+    return rows
+
+
+class VocabularySize(NamedTuple):
+    """Sizes of a divergence case."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+
+
+def make_divergence(whole: bool, name: str, size: VocabularySize, dtype: torch.dtype) -> Work:
+    """Divergence from hidden states through both heads: whole logits in fp32, or ours."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(size.tokens, size.width).to(dtype) for _ in range(2))
+    heads = [torch.randn(size.vocabulary, size.width).mul_(size.width**-0.5).to(dtype) for _ in range(2)]
+    targets = torch.randint(size.vocabulary, (size.tokens,))
+    student.requires_grad_()
+    heads[0].requires_grad_()
+    divergence = Divergence(name)  # type: ignore[arg-type]
+
+    def full() -> Tensor:
+        log_q = (student @ heads[0].T).float().log_softmax(-1)
+        with torch.no_grad():
+            log_p = (teacher @ heads[1].T).float().log_softmax(-1)
+        return divergence_values(log_q, log_p, divergence).sum()
+
+    def ours() -> Tensor:
+        return linear_divergence(student, heads[0], teacher, heads[1], targets, divergence).loss
+
+    return lambda: torch.autograd.grad(full() if whole else ours(), (student, heads[0]))
+
+
+def divergence(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
+    """``linear_divergence`` against both models' logits held whole."""
+    size = VocabularySize(64, 16, 512) if small else VocabularySize(2048, 576, 49152)
+    rows = []
+    for name in ("fkl", "srkl"):
+        both = {way: (make_divergence, way == "full", name, size, dtype) for way in ("full", "ours")}
+        results = measure(both, repeats)
+        ours, full = results["ours"], results["full"]
+        label = f"{name_of(dtype)} {size.tokens} tokens x {size.vocabulary} {name}"
+        rows += [
+            Row(f"{label} full logits", full.median_seconds, "s"),
+            Row(f"{label} full logits: extra memory", full.extra_bytes / 1e6, "MB"),
+            Row(f"{label} ours", ours.median_seconds, "s"),
+            Row(f"{label} ours: extra memory", ours.extra_bytes / 1e6, "MB"),
+            bounded(f"{label} time ours / full", time_ratio(ours, full), "<=", None if small else 1.1),
+            bounded(
+                f"{label} extra memory ours / full",
+                ours.extra_bytes / max(1, full.extra_bytes),
+                "<=",
+                None if small else 1 / 8,
+            ),
+        ]
+    return rows
+
+
+CASES = {"structural": structural, "single_ops": single_ops, "divergence": divergence}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def main() -> None:
+    dtypes = ["float32", "bfloat16"] if has_fast_bfloat16() else ["float32"]
+    parser = options(__doc__.partition("\n\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
+    arguments = parser.parse_args()
+    pin_threads(arguments.threads)
+    rows = [machine_row(arguments.threads)]
+    for dtype in arguments.dtype:
+        for case in arguments.cases:
+            rows += CASES[case](getattr(torch, dtype), arguments.repeats, arguments.small)
+    report("Ops", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
