@@ -164,7 +164,6 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process; default: one a core")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are measured")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--small", action="store_true", help="sizes of a smoke test: seconds, and no bounds")
     return parser
 
 

@@ -359,6 +359,7 @@ def main() -> None:
     parser = options(__doc__.partition("\n\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=dtypes)
+    parser.add_argument("--small", action="store_true", help="sizes of a smoke test: seconds, and no bounds")
     arguments = parser.parse_args()
     pin_threads(arguments.threads)
     rows = [machine_row(arguments.threads)]

@@ -1,0 +1,195 @@
+"""The whole training step: with MTA and without it, and with few and many teacher layers.
+
+    python benchmarks/step.py --json rows.json                  # both cases, some ten minutes on two cores
+    python benchmarks/step.py --cases mta --demo-folder runs/demo_pair    # made once
+
+Every run is one rank of ``mta-ds train`` in a process of its own, stopped as soon as it has logged its last measured
+step; step times are those of its perf.jsonl. Memory is the high-water mark of anonymous memory over the measured
+steps: a mapped weight file is no copy.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from common import Row, anonymous_peak_bytes, bounded, machine_row, options, pin_threads, report, reset_peak
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mta_ds.demo import ASSETS, CONFIG, STUDENT_LAYERS, unpack_teacher
+from mta_ds.launch.local import rank_environment
+from mta_ds.spans.parse import ParseConfig, parse
+
+WARM_UP_STEPS = 3
+MEASURED_STEPS = 5
+SECONDS_ALLOWED = 900
+# partitions everything and keeps nothing gathered, so that what grows with the teacher is its partition alone
+PARTITION_ALL = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
+
+
+class Steps(NamedTuple):
+    """What the measured steps of one run needed."""
+
+    seconds: list[float]
+    peak_bytes: int
+
+
+def run_steps(config: dict[str, Any], run_dir: Path) -> Steps:
+    """Train until the last measured step is logged, then end the process."""
+    run_dir.mkdir(parents=True)
+    config = config | {"run_dir": str(run_dir)}
+    config_path, log_path, perf_path = run_dir / "run.yaml", run_dir / "log.txt", run_dir / "perf.jsonl"
+    config_path.write_text(yaml.safe_dump(config))
+    with log_path.open("w") as log:
+        command = [sys.executable, "-m", "mta_ds", "train", str(config_path)]
+        environment = rank_environment(0, 1, free_port())
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_for_step(WARM_UP_STEPS, perf_path, process, log_path)
+            reset_peak(process.pid)
+            rows = wait_for_step(WARM_UP_STEPS + MEASURED_STEPS, perf_path, process, log_path)
+            peak = anonymous_peak_bytes(process.pid)
+        finally:
+            process.kill()
+            process.wait()
+    return Steps([row["seconds"] for row in rows[WARM_UP_STEPS : WARM_UP_STEPS + MEASURED_STEPS]], peak)
+
+
+def wait_for_step(step: int, perf: Path, process: subprocess.Popen[bytes], log: Path) -> list[dict[str, Any]]:
+    """The rows of perf.jsonl, once there are ``step`` whole ones."""
+    deadline = time.monotonic() + SECONDS_ALLOWED
+    while True:
+        lines = perf.read_text().split("\n")[:-1] if perf.exists() else []
+        if len(lines) >= step:
+            return [json.loads(line) for line in lines]
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"step {step} was not reached:\n{log.read_text()[-3000:]}")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def with_and_without_mta(folder: Path, pair: Path, repeats: int) -> list[Row]:
+    """The demo's pair and data, with MTA and with ``mta: null``, in turns."""
+    unpack_teacher(pair / "teacher")
+    text = CONFIG.format(run_dir=pair, assets=ASSETS, layers=list(STUDENT_LAYERS), steps=1000)
+    config = yaml.safe_load(text)
+    parse(ParseConfig(**config["parse"]))
+    config["data"]["validation"] = []  # scored before the first step; nothing that is measured here
+    variants = {"on": config, "off": config | {"mta": None}}
+    runs: dict[str, list[Steps]] = {name: [] for name in variants}
+    for i in range(repeats):
+        for name, variant in variants.items():
+            runs[name].append(run_steps(variant, folder / f"mta_{name}_{i}"))
+    # step i trains on the same records in every run, so steps are compared one by one
+    ratios = [
+        x / y for on, off in zip(runs["on"], runs["off"], strict=True) for x, y in zip(on[0], off[0], strict=True)
+    ]
+    seconds = {name: statistics.median(s for run in several for s in run.seconds) for name, several in runs.items()}
+    peaks = {name: statistics.median(run.peak_bytes for run in several) for name, several in runs.items()}
+    return [
+        *(Row(f"demo step, MTA {name}", seconds[name], "s") for name in variants),
+        bounded("demo step, MTA on / off: time", statistics.median(ratios), "<=", 1.10),
+        *(Row(f"demo step, MTA {name}: peak anonymous memory", peaks[name] / 1e6, "MB") for name in variants),
+        bounded("demo step, MTA on / off: peak anonymous memory", peaks["on"] / peaks["off"], "<=", 1.05),
+    ]
+
+
+def teacher_depth(folder: Path, repeats: int) -> list[Row]:
+    """Peak memory of a step, teacher parameters aside, with teachers of 12 and 48 layers of one width."""
+    records = folder / "train.jsonl"
+    records.write_text("\n".join((ASSETS / "train.jsonl").read_text().splitlines()[:64]) + "\n")
+    parse(ParseConfig(inputs=(str(records),), output=folder / "spans"))
+    tokenizer = train_tokenizer(records.read_text())
+    make_model(folder / "student", 4, tokenizer)
+    rows, peaks = [], {}
+    for layers in (12, 48):
+        parameters = make_model(folder / f"teacher_{layers}", layers, tokenizer)
+        config = depth_config(folder, folder / f"teacher_{layers}")
+        runs = [run_steps(config, folder / f"run_{layers}_{i}") for i in range(repeats)]
+        peaks[layers] = statistics.median(run.peak_bytes for run in runs) - 4 * parameters
+        rows.append(Row(f"step memory, {layers} teacher layers: all but its parameters", peaks[layers] / 1e6, "MB"))
+        rows.append(Row(f"step memory, {layers} teacher layers: its parameters", 4 * parameters / 1e6, "MB"))
+    return [*rows, bounded("step memory, 48 / 12 teacher layers", peaks[48] / peaks[12], "<=", 1.02)]
+
+
+def depth_config(folder: Path, teacher: Path) -> dict[str, Any]:
+    """A run of the small pair."""
+    return {
+        "teacher": {"path": str(teacher), "deepspeed": str(PARTITION_ALL)},
+        "student": {"path": str(folder / "student"), "deepspeed": str(PARTITION_ALL)},
+        "data": {"train": [str(folder / "train.jsonl")], "spans": str(folder / "spans"), "max_length": 256},
+        "mta": {"num_layers": 3},
+        "train": {"steps": 1000, "micro_batch_size": 4},
+    }
+
+
+def make_model(folder: Path, layers: int, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Write a random model 256 wide; returns the number of its parameters."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_hidden_layers=layers,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 1,000 tokens: small heads, so that layers are what a model is made of."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(text.splitlines(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+CASES = ("mta", "teacher_depth")
+
+
+def main() -> None:
+    parser = options(__doc__.partition("\n\n")[0])
+    parser.set_defaults(repeats=2)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--demo-folder", type=Path, help="keeps the demo's teacher, student and parses")
+    arguments = parser.parse_args()
+    pin_threads(arguments.threads)
+    rows = [machine_row(arguments.threads)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if "mta" in arguments.cases:
+            pair = arguments.demo_folder or folder / "demo"
+            rows += with_and_without_mta(folder, pair.resolve(), arguments.repeats)
+        if "teacher_depth" in arguments.cases:
+            rows += teacher_depth(folder, arguments.repeats)
+    report("Training step", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
