@@ -1,4 +1,7 @@
-"""Divergences between next-token distributions: per-token values by definition, and their gradients in closed form."""
+"""Divergences between next-token distributions: per-token values by definition, and their gradients in closed form.
+
+``divergence_rows`` is the torch side of the chunked op; its Triton side is ``kernels.divergence``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+# Rows are taken through all their passes a few at a time, so that what one pass writes the next finds in the cache.
+_BLOCK_BYTES = 3 << 20
 
 DivergenceName = Literal["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl"]
 
@@ -91,6 +97,68 @@ def divergence_values(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> T
             return _kl(log_q, log_m.detach() if divergence.detach_mixture else log_m)
         case "sft":
             raise ValueError("divergence: sft has no teacher distribution; it is the label cross-entropy")
+
+
+def divergence_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    weights: Tensor | None,
+    divergence: Divergence,
+    values: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """Fill ``values`` [2 or 3, m] with divergence, cross-entropy and teacher entropy, and ``gradient`` [m, V].
+
+    Args:
+        student, teacher: fp32 or fp64 logits [m, V], overwritten; no teacher: the divergence is 0.
+        targets, weights: [m]; None: every weight is 1.
+        values: with a third row the teacher's entropy is computed.
+        gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
+    """
+    block = max(1, _BLOCK_BYTES // (student.shape[1] * student.element_size()))
+    for first in range(0, len(student), block):
+        part = slice(first, first + block)
+        _block(
+            torch.log_softmax(student[part], -1),
+            None if teacher is None else torch.log_softmax(teacher[part], -1),
+            targets[part],
+            None if weights is None else weights[part],
+            divergence,
+            values[:, part],
+            None if gradient is None else gradient[part],
+        )
+
+
+def _block(
+    log_q: Tensor,
+    log_p: Tensor | None,
+    targets: Tensor,
+    weights: Tensor | None,
+    divergence: Divergence,
+    values: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """``divergence_rows`` from log-probabilities; overwrites both."""
+    torch.neg(log_q.gather(1, targets[:, None])[:, 0], out=values[1])
+    if log_p is not None and len(values) == 3:
+        torch.neg(_dot(log_p.exp(), log_p), out=values[2])
+    ratio = divergence.divergence_ratio
+    slope = None
+    if log_p is None or divergence.name == "sft":
+        values[0] = 0
+    elif gradient is not None and ratio > 0:
+        values[0], slope = divergence_gradients(log_q, log_p, divergence)
+    else:
+        values[0] = divergence_values(log_q, log_p, divergence)
+    if gradient is None:
+        return
+    if ratio < 1:
+        label = log_q.exp_().mul_(1 - ratio)  # (1 - ratio) (q - onehot)
+        label.scatter_add_(1, targets[:, None], label.new_full((len(targets), 1), ratio - 1))
+        slope = label if slope is None else label.add_(slope, alpha=ratio)
+    assert slope is not None
+    gradient.copy_(slope if weights is None else slope.mul_(weights[:, None]))
 
 
 def divergence_gradients(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:

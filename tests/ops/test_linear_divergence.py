@@ -36,10 +36,10 @@ def inputs(request):
     }
 
 
-def whole(inputs, divergence, weighted=True):
+def whole(inputs, divergence, weighted=True, vocab=VOCAB):
     """Loss, divergence and cross-entropy sums from whole logits."""
     log_q, log_p = (
-        (inputs[side] @ inputs[f"{side}_head"][:VOCAB].T).log_softmax(-1) for side in ("student", "teacher")
+        (inputs[side] @ inputs[f"{side}_head"][:vocab].T).log_softmax(-1) for side in ("student", "teacher")
     )
     keep = inputs["targets"] != -100
     cross_entropy = -log_q.gather(1, inputs["targets"].clamp_min(0)[:, None])[:, 0]
@@ -52,45 +52,175 @@ def whole(inputs, divergence, weighted=True):
     return [(weights * each)[keep].sum() for each in (total, values, cross_entropy)]
 
 
-def small_chunks(monkeypatch):
-    """Three tokens at a time."""
+@pytest.fixture
+def small(monkeypatch, backend):
+    """Three tokens at a time, and several blocks of the vocabulary in a row."""
     monkeypatch.setattr(op, "_MIN_TOKENS", 3)
+    if backend == "triton":
+        monkeypatch.setattr(importlib.import_module("mta_ds.ops.kernels.divergence"), "BLOCK", 16)
+    else:
+        monkeypatch.setattr(importlib.import_module("mta_ds.ops.divergence"), "_BLOCK_BYTES", 2 * VOCAB * 4)
     return {"chunk_bytes": 1}
+
+
+def assert_same_gradients(got_loss, expected_loss, trained, exact=None, **tolerance):
+    """Under one random upstream gradient, by name; each in its parameter's dtype."""
+    upstream = random(1, seed=17)[0]
+    got = torch.autograd.grad(got_loss, list(trained.values()), upstream.to(got_loss.dtype))
+    exact = list((exact or trained).values())
+    want = torch.autograd.grad(expected_loss, exact, upstream.to(expected_loss.dtype))
+    for key, ours, theirs in zip(trained, got, want, strict=True):
+        assert ours.dtype == trained[key].dtype
+        message = lambda text, key=key: f"{key}: {text}"  # noqa: E731
+        torch.testing.assert_close(ours.double(), theirs.double(), **tolerance, msg=message)
+
+
+def trained(inputs):
+    return {key: inputs[key] for key in ("student", "student_head")}
+
+
+def in_float64(inputs):
+    """The same numbers; student and head as leaves."""
+    exact = {key: v.detach().double() if v.is_floating_point() else v for key, v in inputs.items()}
+    return exact | {key: exact[key].requires_grad_() for key in ("student", "student_head")}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kd_ratio", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_values_and_gradients_by_name(monkeypatch, inputs, name, kd_ratio, weighted):
+def test_values_and_gradients_by_name(small, inputs, name, kd_ratio, weighted):
     divergence = Divergence(name, kd_ratio=kd_ratio, vocab_size=VOCAB)
     arguments = inputs if weighted else inputs | {"weights": None}
-    result = linear_divergence(**arguments, divergence=divergence, **small_chunks(monkeypatch))
-    expected = whole(inputs, divergence, weighted)
+    result = linear_divergence(**arguments, divergence=divergence, **small)
+    exact = in_float64(inputs)
+    expected = whole(exact, divergence, weighted)
     single = inputs["student"].dtype == torch.float32
     tolerance = {"rtol": 2e-5, "atol": 2e-5} if single else {"rtol": 1e-10, "atol": 1e-12}
     for got, want in zip(result[:3], expected, strict=True):
-        torch.testing.assert_close(got, want, **tolerance)
-    assert result.count == N - 3
-    trained = {key: inputs[key] for key in ("student", "student_head")}
-    got = torch.autograd.grad(result.loss * -1.7, list(trained.values()))
-    want = torch.autograd.grad(expected[0] * -1.7, list(trained.values()))
-    for key, ours, theirs in zip(trained, got, want, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
-        assert ours.dtype == inputs[key].dtype
+        assert got.dtype == inputs["student"].dtype
+        torch.testing.assert_close(got.double(), want, **tolerance)
+    assert result.count == N - 3 and result.entropy is None
+    assert_same_gradients(result.loss, expected[0], trained(inputs), trained(exact), **tolerance)
+
+
+OPTIONS = [
+    Divergence("jsd", beta=0.0, vocab_size=VOCAB),
+    Divergence("jsd", beta=0.1, vocab_size=VOCAB),
+    Divergence("jsd", beta=1.0, vocab_size=VOCAB),
+    Divergence("skl", alpha=0.7, vocab_size=VOCAB),
+    Divergence("srkl", alpha=0.7, vocab_size=VOCAB),
+    Divergence("srkl", detach_mixture=True, kd_ratio=0.6, vocab_size=VOCAB),
+]
+
+
+@pytest.mark.parametrize("divergence", OPTIONS, ids=str)
+def test_every_option(small, inputs, divergence):
+    result = linear_divergence(**inputs, divergence=divergence, **small)
+    expected = whole(inputs, divergence)[0]
+    assert_same_gradients(result.loss, expected, trained(inputs), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(result.loss, expected, rtol=2e-5, atol=2e-5)
+
+
+def sized(n, vocab, dtype=torch.float32):
+    """Inputs of ``n`` counted positions."""
+    return {
+        "student": random(n, D_STUDENT, seed=0, dtype=dtype).requires_grad_(),
+        "student_head": random(vocab, D_STUDENT, seed=1, dtype=dtype).requires_grad_(),
+        "teacher": random(n, D_TEACHER, seed=2, dtype=dtype),
+        "teacher_head": random(vocab, D_TEACHER, seed=3, dtype=dtype),
+        "targets": torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(5)),
+        "weights": random(n, seed=4, dtype=dtype).abs(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("n", "name"), [(0, "fkl"), (1, "rkl"), (2, "jsd"), (63, "skl"), (64, "srkl"), (65, "tvd"), (257, "fkl")]
+)
+def test_any_number_of_tokens(monkeypatch, backend, n, name):
+    monkeypatch.setattr(op, "_MIN_TOKENS", 64)
+    inputs = sized(n, 130)
+    exact = in_float64(inputs)
+    divergence = Divergence(name, kd_ratio=0.5)
+    result = linear_divergence(**inputs, divergence=divergence, teacher_entropy=True, chunk_bytes=1)
+    expected = whole(exact, divergence, vocab=130)
+    assert result.count == n and result.entropy.shape == (n,)
+    for got, want in zip(result[:3], expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+    assert_same_gradients(result.loss, expected[0], trained(inputs), trained(exact), rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["sft", "rkl", "skl"])
+def test_teacher_entropy_of_the_counted_positions(small, inputs, name):
+    divergence = Divergence(name, vocab_size=VOCAB)
+    result = linear_divergence(**inputs, divergence=divergence, teacher_entropy=True, **small)
+    p = (inputs["teacher"].double() @ inputs["teacher_head"].double()[:VOCAB].T).softmax(-1)
+    expected = -(p * p.log()).sum(-1)[inputs["targets"] != -100]
+    torch.testing.assert_close(result.entropy.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not result.entropy.requires_grad
+    torch.testing.assert_close(result.loss, whole(inputs, divergence)[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["fkl", "srkl"])
+def test_two_runs_agree_to_the_bit_and_no_unwritten_memory_is_read(monkeypatch, small, name):
+    inputs = sized(11, VOCAB)
+
+    def run():
+        options = {"divergence": Divergence(name, kd_ratio=0.5), "teacher_entropy": True}
+        result = linear_divergence(**inputs, **options, **small)
+        return [*result[:3], result.entropy, *torch.autograd.grad(result.loss, list(trained(inputs).values()))]
+
+    first = run()
+    plain = {owner: owner for owner in (torch.empty, torch.empty_like, torch.Tensor.new_empty)}
+
+    def poisoned(make):
+        def fill(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return fill
+
+    for owner, attribute in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, attribute, poisoned(plain[getattr(owner, attribute)]))
+    for ours, theirs in zip(run(), first, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_far_from_zero_and_from_each_other(small, name):
+    """The teacher's mass is where the student has none, behind a large common offset."""
+    inputs = sized(4, VOCAB)
+    with torch.no_grad():
+        inputs["student_head"].mul_(10)[:, 0] = 50
+        inputs["student"][:, 0] = 4
+    inputs["teacher_head"].mul_(10)[:, 0] = -100
+    exact = in_float64(inputs)
+    result = linear_divergence(**inputs, divergence=Divergence(name), **small)
+    expected = whole(exact, Divergence(name))[0]
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(result.loss, expected, trained(inputs), trained(exact), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_nan_is_not_hidden(small, side):
+    inputs = sized(4, VOCAB)
+    inputs[side].detach()[2] = float("nan")
+    assert linear_divergence(**inputs, divergence=Divergence("fkl"), **small).loss.isnan()
 
 
 @pytest.mark.parametrize("divergence", [Divergence("sft"), Divergence("rkl", kd_ratio=0.0)], ids=str)
-def test_without_a_teacher(inputs, divergence):
-    result = linear_divergence(inputs["student"], inputs["student_head"], None, None, inputs["targets"], divergence)
+def test_without_a_teacher(small, inputs, divergence):
+    arguments = (inputs["student"], inputs["student_head"], None, None, inputs["targets"], divergence)
+    result = linear_divergence(*arguments, **small)
     torch.testing.assert_close(result.loss.detach(), result.cross_entropy)
     assert float(result.divergence) == 0
     keep = inputs["targets"] != -100
     logits = inputs["student"] @ inputs["student_head"].T
     expected = torch.nn.functional.cross_entropy(logits[keep], inputs["targets"][keep], reduction="sum")
     torch.testing.assert_close(result.loss, expected)
+    assert_same_gradients(result.loss, expected, trained(inputs), rtol=2e-5, atol=2e-5)
 
 
-def test_only_what_needs_a_gradient_gets_one(inputs):
+def test_only_what_needs_a_gradient_gets_one(backend, inputs):
     student, head = inputs["student"].detach(), inputs["student_head"]
     rest = (inputs["teacher"], inputs["teacher_head"], inputs["targets"], Divergence("fkl", vocab_size=VOCAB))
     linear_divergence(student, head, *rest).loss.backward()
@@ -100,10 +230,10 @@ def test_only_what_needs_a_gradient_gets_one(inputs):
     assert inputs["student"].grad.shape == student.shape
 
 
-def test_nothing_to_count_is_a_zero_that_depends_on_the_parameters(inputs):
+def test_nothing_to_count_is_a_zero_that_depends_on_the_parameters(backend, inputs):
     inputs["targets"].fill_(-100)
-    result = linear_divergence(**inputs, divergence=Divergence("fkl", vocab_size=VOCAB))
-    assert result.loss.item() == 0 and result.count == 0
+    result = linear_divergence(**inputs, divergence=Divergence("fkl", vocab_size=VOCAB), teacher_entropy=True)
+    assert result.loss.item() == 0 and result.count == 0 and result.entropy.shape == (0,)
     grads = torch.autograd.grad(result.loss, (inputs["student"], inputs["student_head"]))
     assert all((g == 0).all() for g in grads)
 
@@ -139,26 +269,35 @@ def test_logits_never_exist_and_evaluation_makes_no_gradients():
 
 def test_chunks_grow_with_the_budget():
     like = torch.zeros(1)
-    assert op._chunk_tokens(1000, like, 5 * 4 * 1000 * 64) == 64
+    assert op._chunk_tokens(1000, like, 2 * 4 * 1000 * 64) == 64
     assert op._chunk_tokens(256_000, like, 1) == 32
-    assert 64 <= op._chunk_tokens(49_152, like, None) <= 256
+    assert 64 <= op._chunk_tokens(49_152, like, None) <= 512
 
 
-def test_bfloat16_is_near_and_its_head_gradient_is_summed_in_fp32(monkeypatch, inputs):
+@pytest.mark.parametrize("name", ["fkl", "skl"])
+def test_bfloat16_is_multiplied_and_summed_in_fp32(monkeypatch, small, inputs, name):
+    monkeypatch.setattr(op, "_SLAB_ROWS", 10)
     low = {key: v.detach().bfloat16() if v.is_floating_point() else v for key, v in inputs.items()}
-    leaves = [low["student"].requires_grad_(), low["student_head"].requires_grad_()]
-    divergence = Divergence("skl", vocab_size=VOCAB)
-    result = linear_divergence(**low, divergence=divergence, **small_chunks(monkeypatch))
+    leaves = {key: leaf.requires_grad_() for key, leaf in trained(low).items()}
+    exact = in_float64(low)
+    divergence = Divergence(name, vocab_size=VOCAB, kd_ratio=0.8)
+    result = linear_divergence(**low, divergence=divergence, **small)
     assert result.loss.dtype == torch.float32
-    exact = {key: v.detach().double() if v.is_floating_point() else v for key, v in low.items()}
-    exact_leaves = [exact["student"].requires_grad_(), exact["student_head"].requires_grad_()]
     expected = whole(exact, divergence)[0]
-    torch.testing.assert_close(result.loss.double(), expected, rtol=2e-2, atol=0)
-    for ours, theirs in zip(
-        torch.autograd.grad(result.loss, leaves), torch.autograd.grad(expected, exact_leaves), strict=True
-    ):
-        assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.03)
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=0)
+    assert_same_gradients(result.loss, expected, leaves, trained(exact), rtol=2**-8, atol=1e-4)  # rounded once
+
+
+def test_the_kernel_writes_its_gradient_in_any_dtype(monkeypatch):
+    kernels = importlib.import_module("mta_ds.ops.kernels.divergence")
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    student, teacher = (random(3, VOCAB, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    rows = (student, teacher, torch.tensor([0, 36, 5]), None, Divergence("jsd", kd_ratio=0.5))
+    kept, values = student.clone(), torch.empty(2, 3)
+    kernels.divergence_rows(*rows, values, low := torch.empty(3, VOCAB, dtype=torch.bfloat16))
+    assert torch.equal(student, kept)
+    kernels.divergence_rows(*rows, values, student)
+    torch.testing.assert_close(low.float(), student, rtol=2**-7, atol=0)  # the interpreter cuts off, a GPU rounds
 
 
 def test_backward_runs_once(inputs):
@@ -187,9 +326,16 @@ def test_a_tied_head_sums_both_uses(inputs):
             "student and student_head: want one floating dtype",
         ),
         ({"targets": torch.zeros(N)}, r"targets: want int64 \[11\]"),
-        ({"weights": torch.zeros(3)}, r"weights: want \[11\]"),
+        ({"targets": torch.zeros(N, dtype=torch.int64, device="meta")}, "targets: want them on the CPU"),
+        ({"targets": torch.full((N,), VOCAB)}, "targets: want -100 or 0 <= target < 37 rows of the head"),
+        ({"weights": torch.zeros(3)}, r"weights: want floating \[11\]"),
+        ({"weights": torch.zeros(N, requires_grad=True)}, "weights: must not require grad"),
         ({"teacher": None}, "teacher and teacher_head: give both or neither"),
         ({"teacher": None, "teacher_head": None}, "teacher: the divergence 'fkl' needs it"),
+        (
+            {"teacher": None, "teacher_head": None, "divergence": Divergence("sft"), "teacher_entropy": True},
+            "teacher: teacher_entropy needs it",
+        ),
         ({"divergence": Divergence("fkl")}, "vocab_size: the heads have 40 and 38 rows"),
         ({"divergence": Divergence("fkl", vocab_size=39)}, "teacher_head: 38 rows, fewer than vocab_size 39"),
     ],
