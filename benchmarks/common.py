@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 Work = Callable[[], object]
+M_MMAP_THRESHOLD = -3  # glibc's number of the option: larger blocks are mapped, and unmapped when freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,22 +113,27 @@ def _contest(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, 
         work = make(*arguments)
         while True:
             request = pipe.recv()
-            release_memory()
-            before = reset_peak()
-            began = time.perf_counter()
-            work()
-            seconds = time.perf_counter() - began
-            pipe.send(peak_bytes() - before if request == "memory" else seconds)
+            if request == "memory":
+                return_freed_memory()
+                before = reset_peak()
+                work()
+                pipe.send(peak_bytes() - before)
+            else:
+                began = time.perf_counter()
+                work()
+                pipe.send(time.perf_counter() - began)
     except (EOFError, ConnectionError):
         return
     except Exception:
         pipe.send(traceback.format_exc())
 
 
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it, and the next call would seem to need none."""
+def return_freed_memory() -> None:
+    """Make glibc give freed memory back at once, now and from now on: what it keeps would hide what a call needs."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    libc.malloc_trim(0)
 
 
 def reset_peak(pid: int | str = "self") -> int:

@@ -35,6 +35,9 @@ MEASURED_STEPS = 5
 SECONDS_ALLOWED = 900
 # partitions everything and keeps nothing gathered, so that what grows with the teacher is its partition alone
 PARTITION_ALL = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
+# glibc maps blocks from this size on and unmaps them when they are freed; what it would keep of the weights' loading
+# grows with the teacher, and is no memory of the step
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
 class Steps(NamedTuple):
@@ -44,15 +47,19 @@ class Steps(NamedTuple):
     peak_bytes: int
 
 
-def run_steps(config: dict[str, Any], run_dir: Path) -> Steps:
-    """Train until the last measured step is logged, then end the process."""
+def run_steps(config: dict[str, Any], run_dir: Path, variables: dict[str, str] | None = None) -> Steps:
+    """Train until the last measured step is logged, then end the process.
+
+    Args:
+        variables: added to the process' environment.
+    """
     run_dir.mkdir(parents=True)
     config = config | {"run_dir": str(run_dir)}
     config_path, log_path, perf_path = run_dir / "run.yaml", run_dir / "log.txt", run_dir / "perf.jsonl"
     config_path.write_text(yaml.safe_dump(config))
     with log_path.open("w") as log:
         command = [sys.executable, "-m", "mta_ds", "train", str(config_path)]
-        environment = rank_environment(0, 1, free_port())
+        environment = rank_environment(0, 1, free_port()) | (variables or {})
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_for_step(WARM_UP_STEPS, perf_path, process, log_path)
@@ -120,7 +127,7 @@ def teacher_depth(folder: Path, repeats: int) -> list[Row]:
     for layers in (12, 48):
         parameters = make_model(folder / f"teacher_{layers}", layers, tokenizer)
         config = depth_config(folder, folder / f"teacher_{layers}")
-        runs = [run_steps(config, folder / f"run_{layers}_{i}") for i in range(repeats)]
+        runs = [run_steps(config, folder / f"run_{layers}_{i}", RETURN_FREED_MEMORY) for i in range(repeats)]
         peaks[layers] = statistics.median(run.peak_bytes for run in runs) - 4 * parameters
         rows.append(Row(f"step memory, {layers} teacher layers: all but its parameters", peaks[layers] / 1e6, "MB"))
         rows.append(Row(f"step memory, {layers} teacher layers: its parameters", 4 * parameters / 1e6, "MB"))
