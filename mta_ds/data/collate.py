@@ -40,10 +40,6 @@ class Spans:
     cu_spans: Tensor
     """int64 [B + 1], bounds of each sequence's spans."""
 
-    def to(self, device: torch.device) -> Spans:
-        """The same on another device."""
-        return Spans(self.ranges.to(device, non_blocking=True), self.cu_spans.to(device, non_blocking=True))
-
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -77,10 +73,17 @@ class Batch:
     counts: Counts
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device; the copy overlaps with what the device is doing."""
-        names = ("input_ids", "attention_mask", "valid", "cu_seqlens", "targets")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved, spans={name: spans.to(device) for name, spans in self.spans.items()})
+        """With what the models read on another device; the copy overlaps with what the device is doing.
+
+        The layout of the losses (``cu_seqlens``, ``targets``, ``spans``) stays host data: nobody waits for a GPU to
+        read it.
+        """
+        return replace(
+            self,
+            input_ids=_move(self.input_ids, device),
+            attention_mask=_move(self.attention_mask, device),
+            valid=_move(self.valid, device),
+        )
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -127,3 +130,8 @@ def _ragged(spans: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Spans:
     shifted = [ranges.astype(np.int64) + start for ranges, start in zip(spans, cu_seqlens[:-1], strict=True)]
     cu_spans = np.concatenate([[0], np.cumsum([len(ranges) for ranges in spans])])
     return Spans(torch.from_numpy(np.concatenate(shifted).reshape(-1, 2)), torch.from_numpy(cu_spans.astype(np.int64)))
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    # only from pinned memory does a copy not wait
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -23,12 +23,14 @@ from mta_ds.losses import (
     LayerGradients,
     LinearDivergence,
     MTAConfig,
+    SpanLayout,
+    align_layer,
     attach,
     dsa_scale,
     hid_scale,
-    layer_gradients,
     layer_weights,
     linear_divergence,
+    non_finite,
 )
 from mta_ds.models import CausalBody, KeyLayer, StreamingTeacher, ragged, state_width
 
@@ -152,8 +154,11 @@ class StructuralLoss:
     def __init__(self, distiller: Distiller, student: StudentStates, batch: Batch, counts: StepCounts) -> None:
         self.config = distiller.mta
         self._counts = counts
-        self._batch = batch
         self._student = student
+        self._layouts = {
+            name: SpanLayout(batch.cu_seqlens, batch.spans[name].ranges, batch.spans[name].cu_spans)
+            for name in {layer.granularity for layer in distiller.key_layers}
+        }
         self._pairs = {
             layer.teacher: (layer, weight)
             for layer, weight in zip(distiller.key_layers, distiller.projection_weights, strict=True)
@@ -164,40 +169,36 @@ class StructuralLoss:
         """The teacher emits a key layer [n, d_T]: compute its losses with their gradients, and let the state go."""
         assert self.config is not None  # without MTA the teacher has no key layers
         layer, projection = self._pairs[teacher_layer]
-        self._gradients[teacher_layer] = layer_gradients(
+        self._gradients[teacher_layer] = align_layer(
             self._student.key_layers[layer.student],
             hidden,
             projection,
-            self._batch.cu_seqlens,
-            self._batch.spans[layer.granularity],
-            self.config,
+            self._layouts[layer.granularity],
+            self.config.reduction,
+            self.config.student_weights,
         )
 
     def attach(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over layers, in the student's graph, and this micro-step's share of every layer's value."""
-        total = torch.zeros((), device=self._batch.valid.device)
+        total = torch.zeros((), device=self._student.final.device)
         shares: dict[str, Tensor] = {"dsa": total, "hid": total}
         if self.config is None:
             return total, shares
         dsa_weight, hid_weight = layer_weights(self.config, len(self._pairs))
         normalisers = self._global_normalisers()
         for teacher_layer, (layer, projection) in self._pairs.items():
-            gradients = self._gradients[teacher_layer]
-            dsa = dsa_scale(self.config, self._counts.structural, layer.granularity, normalisers[teacher_layer])
-            hid = hid_scale(self.config, self._counts.structural, layer.granularity)
-            total = total + attach(
-                self._student.key_layers[layer.student],
-                projection,
-                gradients,
-                dsa_weight * self._counts.scale * dsa,
-                hid_weight * self._counts.scale * hid,
-            )
-            shares[f"dsa/{layer.student}"] = gradients.terms.dsa * dsa
-            shares[f"hid/{layer.student}"] = gradients.terms.hid * hid
+            hidden = self._student.key_layers[layer.student]
+            terms = attach(hidden, projection, self._gradients[teacher_layer])
+            counts = self._counts.structural
+            dsa = terms.dsa * dsa_scale(self.config, counts, layer.granularity, normalisers[teacher_layer])
+            hid = terms.hid * hid_scale(self.config, counts, layer.granularity)
+            total = total + self._counts.scale * (dsa_weight * dsa + hid_weight * hid)
+            shares |= {f"dsa/{layer.student}": dsa.detach(), f"hid/{layer.student}": hid.detach()}
+            shares |= non_finite(terms, layer.student, teacher_layer)
             # totals as they enter the loss, so that loss = base + λ_DSA · dsa + λ_Hid · hid
-            shares["dsa"] = shares["dsa"] + shares[f"dsa/{layer.student}"] / len(self._pairs)
+            shares["dsa"] = shares["dsa"] + dsa.detach() / len(self._pairs)
             by_layers = 1 if self.config.reduction == "paper" else len(self._pairs)
-            shares["hid"] = shares["hid"] + shares[f"hid/{layer.student}"] / by_layers
+            shares["hid"] = shares["hid"] + hid.detach() / by_layers
         return total, shares
 
     def _global_normalisers(self) -> dict[int, Tensor]:

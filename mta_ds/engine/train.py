@@ -25,6 +25,7 @@ from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
 from mta_ds.engine.setup import Run, prepare
 from mta_ds.engine.stopping import StopWatch
 from mta_ds.engine.validation import validate_run
+from mta_ds.errors import UserError
 from mta_ds.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -155,12 +156,21 @@ def open_log(run: Run, step: int) -> MetricsLog | None:
 def write_metrics(
     run: Run, step: int, batches: list[Batch], shares: dict[str, Tensor], seconds: float, log: MetricsLog | None
 ) -> None:
-    """Sum every metric over ranks (every rank must call it) and log the step."""
+    """Sum every metric over ranks (every rank must call it) and log the step.
+
+    Raises:
+        UserError: a key layer's hidden state had a NaN or Inf; on every rank.
+    """
     tokens = distributed.sum_counts([sum(len(batch.valid) for batch in batches)])[0]
-    totals = distributed.all_reduce_sum(torch.stack([value.float() for value in shares.values()])).tolist()
+    summed = distributed.all_reduce_sum(torch.stack([value.float() for value in shares.values()])).tolist()
+    totals = dict(zip(shares, summed, strict=True))
+    alarms = [name for name in shares if name.startswith("non_finite/") and totals.pop(name)]
+    if alarms:
+        states = ", ".join("layer {2} of the {1}".format(*alarm.split("/")) for alarm in alarms)
+        raise UserError(f"step {step}: NaN or Inf in the hidden state of {states}; lower train.lr, or train in fp32")
     if log is None:
         return
-    metrics: dict[str, Any] = {"samples": run.loader.samples_consumed} | dict(zip(shares, totals, strict=True))
+    metrics: dict[str, Any] = {"samples": run.loader.samples_consumed} | totals
     metrics["lr"] = run.engine.optimizer.param_groups[0]["lr"]
     metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
     perf = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes()}

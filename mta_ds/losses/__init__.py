@@ -3,20 +3,25 @@
 from mta_ds.losses.divergences import LossConfig, describe, make_divergence
 from mta_ds.losses.mta import (
     GlobalCounts,
-    LayerGradients,
-    LayerTerms,
     MTAConfig,
     MTALoss,
     Spans,
-    attach,
     count_sequences,
     dsa_scale,
     hid_scale,
-    layer_gradients,
-    layer_terms,
     layer_weights,
+    non_finite,
 )
-from mta_ds.ops import Divergence, LinearDivergence, linear_divergence
+from mta_ds.ops import (
+    Divergence,
+    LayerGradients,
+    LayerTerms,
+    LinearDivergence,
+    SpanLayout,
+    align_layer,
+    attach,
+    linear_divergence,
+)
 
 __all__ = [
     "Divergence",
@@ -27,15 +32,16 @@ __all__ = [
     "LossConfig",
     "MTAConfig",
     "MTALoss",
+    "SpanLayout",
     "Spans",
+    "align_layer",
     "attach",
     "count_sequences",
     "describe",
     "dsa_scale",
     "hid_scale",
-    "layer_gradients",
-    "layer_terms",
     "layer_weights",
     "linear_divergence",
     "make_divergence",
+    "non_finite",
 ]

@@ -1,24 +1,23 @@
 """Multi-Granular Trajectory Alignment: the two structural losses of a key layer, their reductions and their factors.
 
 Two ways in. :class:`MTALoss` takes hidden states and returns a loss, for people with their own loop. The engine
-streams: :func:`layer_gradients` runs inside the teacher's forward at a key layer and returns values and gradients, so
-the teacher's hidden state can go; :func:`attach` later puts those gradients, scaled by global normalisers, into the
-student's graph.
+streams: :func:`mta_ds.ops.align_layer` runs inside the teacher's forward at a key layer and returns values and
+gradients, so the teacher's hidden state can go; :func:`mta_ds.ops.attach` later puts them into the student's graph,
+where the factors of this module, made of global counts, weigh them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mta_ds.config import Section
-from mta_ds.ops import covered_tokens, dsa, hid, normalise_within, span_pool, span_weights, token_weights
-
-Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
+from mta_ds.ops import LayerTerms, SpanLayout, align_layer, attach
+from mta_ds.ops.key_layer import Reduction
 
 
 class MTAConfig(Section):
@@ -52,177 +51,6 @@ class Spans(Protocol):
     @property
     def cu_spans(self) -> Tensor:
         """Bounds of each sequence's spans, int64 [B + 1]."""
-
-
-class LayerTerms(NamedTuple):
-    """A key layer's sums over this rank's micro-batch, before any normaliser."""
-
-    dsa: Tensor
-    """Σ_b X_b, or Σ_b X_b / Z_b with ``sequence_mean``."""
-    dsa_normaliser: Tensor
-    """Σ_b Z_b."""
-    hid: Tensor
-    """Σ_b Y_b with ``paper``, else Σ_b Y'_b (weights renormalised in each sequence)."""
-
-
-class LayerGradients(NamedTuple):
-    """Terms with their gradients; DSA's and Hid's apart, since their factors differ and one is known only later."""
-
-    terms: LayerTerms
-    tokens: Tensor
-    """The tokens that have a gradient, those inside a span; int64 [m], sorted."""
-    dsa_student: Tensor
-    """[m, d_S]"""
-    hid_student: Tensor
-    """[m, d_S]"""
-    hid_projection: Tensor
-    """[d_T, d_S]"""
-
-
-def layer_terms(
-    student: Tensor, teacher: Tensor, projection: Tensor, cu_seqlens: Tensor, spans: Spans, config: MTAConfig
-) -> LayerTerms:
-    """DSA and Hid of one key layer (MTA eqs. 5-13), differentiable in ``student`` and ``projection``.
-
-    Args:
-        student: [n, d_S], the layer's hidden states of the batch's n valid tokens.
-        teacher: [n, d_T], no gradient.
-        projection: [d_T, d_S].
-        cu_seqlens: int64 [B + 1].
-        spans: the layer's granularity.
-
-    Raises:
-        ValueError: shapes that do not fit, or a teacher that requires grad.
-    """
-    target = _target(student, teacher, projection, cu_seqlens, spans, config)
-    return _terms(student.index_select(0, target.tokens), projection, target, config)
-
-
-@torch.no_grad()
-def layer_gradients(
-    student: Tensor, teacher: Tensor, projection: Tensor, cu_seqlens: Tensor, spans: Spans, config: MTAConfig
-) -> LayerGradients:
-    """:func:`layer_terms` with the gradients of its two sums, in the dtype of their inputs; keeps no graph.
-
-    Made to be called from a hook of a teacher that runs without gradients: nothing of the teacher is kept.
-    """
-    target = _target(student, teacher, projection, cu_seqlens, spans, config)
-    leaf = student.index_select(0, target.tokens).requires_grad_()
-    weight = projection.detach().requires_grad_()
-    with torch.enable_grad():
-        terms = _terms(leaf, weight, target, config)
-    (dsa_student,) = torch.autograd.grad(terms.dsa, leaf)
-    hid_student, hid_projection = torch.autograd.grad(terms.hid, (leaf, weight))
-    values = LayerTerms(*(term.detach() for term in terms))
-    return LayerGradients(values, target.tokens, dsa_student, hid_student, hid_projection)
-
-
-class _Target(NamedTuple):
-    """All of a key layer that has no gradient, on the m covered tokens alone: no other token enters a loss."""
-
-    tokens: Tensor
-    """Which tokens of the batch these are, int64 [m]."""
-    teacher: Tensor
-    """[m, d_T]"""
-    ranges: Tensor
-    """The spans as ranges of covered tokens, int64 [K, 2]."""
-    cu_spans: Tensor
-    teacher_spans: Tensor
-    """[K, d_T]"""
-    omega: Tensor
-    """Span weights [K]."""
-    pool_weights: Tensor
-    """Token weights [m] that pool the student's spans."""
-    hid_weights: Tensor
-    """[m]; summing to 1 in each sequence unless the reduction is ``paper``."""
-
-
-@torch.no_grad()
-def _target(
-    student: Tensor, teacher: Tensor, projection: Tensor, cu_seqlens: Tensor, spans: Spans, config: MTAConfig
-) -> _Target:
-    _check(student, teacher, projection)
-    covered = covered_tokens(spans.ranges, len(student))
-    # every token of a span is covered, so a span stays one range when the others are left out
-    starts = torch.searchsorted(covered, spans.ranges[:, 0].contiguous())
-    ranges = torch.stack([starts, starts + spans.ranges[:, 1] - spans.ranges[:, 0]], dim=1)
-    tokens = covered.to(student.device, non_blocking=True)
-    weights = token_weights(teacher, cu_seqlens)[tokens]
-    own = weights if config.student_weights == "teacher" else token_weights(student, cu_seqlens)[tokens]
-    hid_weights = weights
-    if config.reduction != "paper":
-        hid_weights = normalise_within(weights, torch.searchsorted(covered, cu_seqlens.to(covered.device)))
-    covered_teacher = teacher.index_select(0, tokens)
-    return _Target(
-        tokens=tokens,
-        teacher=covered_teacher,
-        ranges=ranges,
-        cu_spans=spans.cu_spans,
-        teacher_spans=span_pool(covered_teacher, weights, ranges),
-        omega=span_weights(weights, ranges, spans.cu_spans),
-        pool_weights=own,
-        hid_weights=hid_weights,
-    )
-
-
-def _terms(student: Tensor, projection: Tensor, target: _Target, config: MTAConfig) -> LayerTerms:
-    """The layer's sums from the student's covered tokens [m, d_S]."""
-    student_spans = span_pool(student, target.pool_weights, target.ranges)
-    x, z = dsa(student_spans, target.teacher_spans, target.omega, target.cu_spans)
-    if config.reduction == "sequence_mean":
-        x = x * torch.where(z > 0, 1 / torch.where(z > 0, z, 1.0), 0.0)
-    return LayerTerms(x.sum(), z.sum(), hid(student, projection, target.teacher, target.hid_weights))
-
-
-def attach(
-    student: Tensor,
-    projection: Tensor,
-    gradients: LayerGradients,
-    dsa_factor: Tensor | float,
-    hid_factor: Tensor | float,
-) -> Tensor:
-    """The layer's weighted value as a scalar in the student's graph: dsa_factor · DSA + hid_factor · Hid.
-
-    Backward returns the stored gradients times the factors; where there was no span they are exact zeros, but every
-    parameter still takes part, as collectives need.
-
-    Args:
-        student, projection: what :func:`layer_gradients` was given, [n, d_S] and [d_T, d_S].
-        dsa_factor, hid_factor: numbers or scalar tensors, no gradient.
-    """
-    terms = gradients.terms
-    value = dsa_factor * terms.dsa + hid_factor * terms.hid
-    grad_student = gradients.dsa_student * dsa_factor + gradients.hid_student * hid_factor
-    grad_projection = gradients.hid_projection * hid_factor
-    result: Tensor = _Attach.apply(  # type: ignore[no-untyped-call]
-        student, projection, value, gradients.tokens, grad_student, grad_projection
-    )
-    return result
-
-
-class _Attach(torch.autograd.Function):
-    """A value whose gradients are known already."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        projection: Tensor,
-        value: Tensor,
-        tokens: Tensor,
-        grad_student: Tensor,
-        grad_projection: Tensor,
-    ) -> Tensor:
-        ctx.num_tokens = len(student)
-        ctx.save_for_backward(tokens, grad_student.to(student.dtype), grad_projection.to(projection.dtype))
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, grad_student, grad_projection = ctx.saved_tensors
-        grad = grad_student.new_zeros(ctx.num_tokens, grad_student.shape[1])
-        grad[tokens] = grad_student * upstream.to(grad.dtype)
-        return grad, grad_projection * upstream.to(grad_projection.dtype), None, None, None, None
 
 
 class GlobalCounts(NamedTuple):
@@ -318,7 +146,7 @@ class MTALoss(nn.Module):
         spans: Mapping[str, Spans],
         counts: GlobalCounts | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and each layer's unweighted "dsa/i" and "hid/i" (detached).
+        """The loss, and of each layer i the unweighted "dsa/i" and "hid/i" and :func:`non_finite`'s alarms (detached).
 
         Args:
             student, teacher: one [n, d_S] and one [n, d_T] for each key layer, lowest first; n valid tokens, one
@@ -330,31 +158,38 @@ class MTALoss(nn.Module):
                 ``weighted_mean`` becomes the mean of the parts' ratios. Without counts, the batch is the step.
 
         Raises:
-            ValueError: layers or spans that are missing, or shapes that do not fit.
+            ValueError: layers or spans that are missing, shapes that do not fit, or, on a CPU, a NaN or Inf; on a GPU
+                nobody waits to see it, and the alarms tell.
         """
         if not len(student) == len(teacher) == len(self.projections):
             raise ValueError(f"student, teacher: want one for each of the {len(self.projections)} key layers")
         if missing := set(self.granularities) - set(spans):
             raise ValueError(f"spans: want those of {', '.join(sorted(missing))} too")
         counts = counts or count_sequences({name: spans[name] for name in self.granularities})
+        layouts = {
+            name: SpanLayout(cu_seqlens, spans[name].ranges, spans[name].cu_spans) for name in set(self.granularities)
+        }
         by_dsa, by_hid = layer_weights(self.config, len(self.projections))
         parts: list[Tensor] = []
         values: dict[str, Tensor] = {}
         for i, (name, projection) in enumerate(zip(self.granularities, self.parameters(), strict=True)):
-            terms = layer_terms(student[i], teacher[i], projection, cu_seqlens, spans[name], self.config)
+            gradients = align_layer(
+                student[i], teacher[i], projection, layouts[name], self.config.reduction, self.config.student_weights
+            )
+            terms = attach(student[i], projection, gradients)
+            alarms = non_finite(terms, i, i)
+            if terms.finite.device.type == "cpu" and not bool(terms.finite.all()):
+                models = " and ".join(alarm.split("/")[1] for alarm, value in alarms.items() if value > 0)
+                raise ValueError(f"{models}: NaN or Inf in the hidden state of key layer {i} ({name})")
             dsa_share = terms.dsa * dsa_scale(self.config, counts, name, terms.dsa_normaliser)
             hid_share = terms.hid * hid_scale(self.config, counts, name)
             parts.append(by_dsa * dsa_share + by_hid * hid_share)
             values |= {f"dsa/{i}": dsa_share.detach(), f"hid/{i}": hid_share.detach()}
+            values |= alarms
         return torch.stack(parts).sum(), values
 
 
-def _check(student: Tensor, teacher: Tensor, projection: Tensor) -> None:
-    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}: want [n, d_S] and [n, d_T]"
-        )
-    if projection.shape != (teacher.shape[1], student.shape[1]):
-        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {tuple(projection.shape)}")
-    if teacher.requires_grad:
-        raise ValueError("teacher: must not require grad; detach it")
+def non_finite(terms: LayerTerms, student_layer: int, teacher_layer: int) -> dict[str, Tensor]:
+    """A key layer's alarms: "non_finite/student/l", "non_finite/teacher/l", above 0 if its state has a NaN or Inf."""
+    student, teacher = (1 - terms.finite).unbind()
+    return {f"non_finite/student/{student_layer}": student, f"non_finite/teacher/{teacher_layer}": teacher}

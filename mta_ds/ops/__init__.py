@@ -1,17 +1,29 @@
-"""Structural ops: one public function each; the backend behind it is chosen here, once.
+"""Structural ops: one public function each, and :mod:`mta_ds.ops.reference` is the definition they are held to.
 
 Ragged contract: a batch's valid tokens are concatenated, ``cu_seqlens`` [B + 1] bounds sequences and ``cu_spans``
-[B + 1] each sequence's spans; ops return sums and normalisers, and accumulate in fp32.
+[B + 1] each sequence's spans; these and the spans are host data, on the CPU. Ops return sums and normalisers,
+accumulate in fp32 in an order that never changes, and wait for no GPU.
 """
 
 from mta_ds.ops.divergence import Divergence, DivergenceName, divergence_values
+from mta_ds.ops.dsa import dsa
+from mta_ds.ops.hid import hid
+from mta_ds.ops.key_layer import LayerGradients, LayerTerms, align_layer, attach
+from mta_ds.ops.layout import SpanLayout
 from mta_ds.ops.linear_divergence import LinearDivergence, linear_divergence
-from mta_ds.ops.reference import covered_tokens, dsa, hid, normalise_within, span_pool, span_weights, token_weights
+from mta_ds.ops.reference import covered_tokens
+from mta_ds.ops.span_pool import normalise_within, span_pool, span_weights
+from mta_ds.ops.token_weights import token_weights
 
 __all__ = [
     "Divergence",
     "DivergenceName",
+    "LayerGradients",
+    "LayerTerms",
     "LinearDivergence",
+    "SpanLayout",
+    "align_layer",
+    "attach",
     "covered_tokens",
     "divergence_values",
     "dsa",

@@ -1,4 +1,4 @@
-"""What the public ops ask of their arguments. Contents are read only on the CPU: a GPU would be waited for."""
+"""What the public ops ask of their arguments. Layouts are host data, so checking them waits for no GPU."""
 
 from __future__ import annotations
 
@@ -28,34 +28,68 @@ def check_vector(name: str, values: Tensor, length: int) -> None:
         raise ValueError(f"{name}: want floating [{length}], got {values.dtype} {list(values.shape)}")
 
 
-def check_bounds(name: str, cu: Tensor, total: int) -> None:
-    """Bounds of consecutive segments of ``total`` items: int64 [B + 1], from 0 to ``total``, never falling.
+def check_together(**tensors: Tensor) -> None:
+    """All on one device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    (first, tensor), *rest = tensors.items()
+    for name, other in rest:
+        if other.device != tensor.device:
+            raise ValueError(f"{name}: want it on {tensor.device} as {first} is, got {other.device}")
+
+
+def check_bounds(name: str, cu: Tensor, total: int | None) -> int:
+    """Bounds of consecutive segments of ``total`` items: int64 [B + 1] on the CPU, from 0 to ``total``, never falling.
+
+    Returns:
+        The total.
 
     Raises:
         ValueError: they are not.
     """
     if cu.ndim != 1 or len(cu) == 0 or cu.dtype != torch.int64:
         raise ValueError(f"{name}: want int64 [B + 1], got {cu.dtype} {list(cu.shape)}")
-    if cu.device.type != "cpu":
-        return
-    if int(cu[0]) != 0 or int(cu[-1]) != total:
-        raise ValueError(f"{name}: want bounds from 0 to {total}, got {int(cu[0])} to {int(cu[-1])}")
+    _check_host(name, cu)
+    if int(cu[0]) != 0 or (total is not None and int(cu[-1]) != total):
+        raise ValueError(f"{name}: want bounds from 0 to {total or 'n'}, got {int(cu[0])} to {int(cu[-1])}")
     if bool((cu.diff() < 0).any()):
         raise ValueError(f"{name}: bounds must not fall")
+    return int(cu[-1])
 
 
 def check_spans(spans: Tensor, num_tokens: int) -> None:
-    """Half-open token ranges: int64 [K, 2], 0 <= start <= end <= ``num_tokens``.
+    """Half-open token ranges: int64 [K, 2] on the CPU, 0 <= start <= end <= ``num_tokens``.
 
     Raises:
         ValueError: they are not.
     """
     if spans.ndim != 2 or spans.shape[1] != 2 or spans.dtype != torch.int64:
         raise ValueError(f"spans: want int64 [K, 2], got {spans.dtype} {list(spans.shape)}")
-    if spans.device.type != "cpu" or len(spans) == 0:
-        return
-    if bool((spans[:, 0] > spans[:, 1]).any()) or int(spans.min()) < 0 or int(spans.max()) > num_tokens:
+    _check_host("spans", spans)
+    if len(spans) and (
+        bool((spans[:, 0] > spans[:, 1]).any()) or int(spans.min()) < 0 or int(spans.max()) > num_tokens
+    ):
         raise ValueError(f"spans: want 0 <= start <= end <= {num_tokens} in every row")
+
+
+def check_spans_within(spans: Tensor, cu_spans: Tensor, cu_seqlens: Tensor) -> None:
+    """Every span lies in the sequence that ``cu_spans`` gives it to.
+
+    Raises:
+        ValueError: one does not, or the two bounds know different numbers of sequences.
+    """
+    if len(cu_spans) != len(cu_seqlens):
+        raise ValueError(f"cu_spans: want {len(cu_seqlens)} bounds as cu_seqlens has, got {len(cu_spans)}")
+    owner = torch.repeat_interleave(torch.arange(len(cu_spans) - 1), cu_spans.diff())
+    outside = (spans[:, 0] < cu_seqlens[owner]) | (spans[:, 1] > cu_seqlens[owner + 1])
+    if bool(outside.any()):
+        i = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"spans: row {i} {spans[i].tolist()} is outside its sequence {int(owner[i])}, "
+            f"tokens {int(cu_seqlens[owner[i]])} to {int(cu_seqlens[owner[i] + 1])}"
+        )
 
 
 def check_teacher(name: str, values: Tensor) -> None:
@@ -66,3 +100,8 @@ def check_teacher(name: str, values: Tensor) -> None:
     """
     if values.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: must not require grad; detach it")
+
+
+def _check_host(name: str, values: Tensor) -> None:
+    if values.device.type != "cpu":
+        raise ValueError(f"{name}: layouts are host data, read without waiting for a GPU; want it on the CPU")

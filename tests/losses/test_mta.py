@@ -15,12 +15,12 @@ from mta_ds.losses import (
     GlobalCounts,
     MTAConfig,
     MTALoss,
+    SpanLayout,
+    align_layer,
     attach,
     count_sequences,
     dsa_scale,
     hid_scale,
-    layer_gradients,
-    layer_terms,
     layer_weights,
 )
 
@@ -131,6 +131,16 @@ def layer_by_loops(batch, projection, config):
     return dsa, normaliser, hid
 
 
+def layout(batch):
+    return SpanLayout(batch.cu_seqlens, batch.spans.ranges, batch.spans.cu_spans)
+
+
+def layer_gradients(batch, projection, config):
+    return align_layer(
+        batch.student, batch.teacher, projection, layout(batch), config.reduction, config.student_weights
+    )
+
+
 def grads(outputs, inputs, seed=3):
     """Gradients of the outputs under a random upstream gradient."""
     upstream = random(len(outputs), seed=seed)
@@ -150,39 +160,27 @@ def test_layer_terms_and_gradients_by_name(config, seed):
     inputs = {"student": batch.student.requires_grad_(), "projection": random(D_TEACHER, D_STUDENT, seed=8)}
     inputs["projection"].requires_grad_()
     expected = layer_by_loops(batch, inputs["projection"], config)
-    terms = layer_terms(batch.student, batch.teacher, inputs["projection"], *batch[2:], config)
-    for got, want in zip(terms, expected, strict=True):
+    terms = attach(*inputs.values(), layer_gradients(batch, inputs["projection"], config))
+    for got, want in zip(terms[:3], expected, strict=True):
         torch.testing.assert_close(got, torch.as_tensor(want), rtol=1e-9, atol=1e-12)
     got = grads([terms.dsa, terms.hid], inputs)
     assert_same(got, grads([expected[0], expected[2]], inputs), rtol=1e-8, atol=1e-11)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_streamed_gradients_equal_autograd(reduction):
-    config = MTAConfig(reduction=reduction)
-    batch = random_batch(5, (7, 3, 9))
-    student, projection = batch.student.requires_grad_(), random(D_TEACHER, D_STUDENT, seed=8).requires_grad_()
-    inputs = {"student": student, "projection": projection}
-    terms = layer_terms(student, batch.teacher, projection, *batch[2:], config)
-    expected = terms.dsa * 0.7 + terms.hid * torch.tensor(-1.3)
-    with torch.no_grad():  # as in a teacher's hook
-        stored = layer_gradients(student, batch.teacher, projection, *batch[2:], config)
-    assert not any(t.requires_grad for t in (*stored.terms, *stored[1:]))
-    assert len(stored.dsa_student) == len(stored.tokens) < len(student)
-    total = attach(student, projection, stored, 0.7, torch.tensor(-1.3))
-    torch.testing.assert_close(total, expected)
-    assert_same(grads([total], inputs), grads([expected], inputs))
 
 
 def test_bf16_gradients_come_in_the_dtype_of_their_inputs():
     batch = random_batch(5, (7, 3, 9))
     student, teacher = batch.student.bfloat16().requires_grad_(), batch.teacher.bfloat16()
     projection = random(D_TEACHER, D_STUDENT, seed=8).float().requires_grad_()
-    stored = layer_gradients(student, teacher, projection, *batch[2:], MTAConfig())
-    assert stored.terms.dsa.dtype == torch.float32 and stored.dsa_student.dtype == torch.bfloat16
-    attach(student, projection, stored, 1.0, 1.0).backward()
+    low = batch._replace(student=student, teacher=teacher)
+    stored = layer_gradients(low, projection, MTAConfig())
+    assert stored.terms.dsa.dtype == torch.float32 and stored.dsa_spans.dtype == torch.bfloat16
+    assert not any(t.requires_grad for t in (*stored.terms, *stored[2:]))
+    terms = attach(student, projection, stored)
+    (terms.dsa + terms.hid).backward()
     assert student.grad.dtype == torch.bfloat16 and projection.grad.dtype == torch.float32
-    exact = layer_gradients(student.double(), teacher.double(), projection.double(), *batch[2:], MTAConfig())
+    exact = layer_gradients(
+        batch._replace(student=student.double(), teacher=teacher.double()), projection.double(), MTAConfig()
+    )
     torch.testing.assert_close(stored.hid_projection.double(), exact.hid_projection, rtol=1e-5, atol=1e-7)
 
 
@@ -261,12 +259,13 @@ def distributed_loss(micro_steps, projection, config, num_layers=2):
     returned = []
     for micro in micro_steps:
         counts = counts_of(parts, micro)
-        stored = [layer_gradients(p.student, p.teacher, projection, *p[2:], config) for p in micro]
+        stored = [layer_gradients(p, projection, config) for p in micro]
         normaliser = sum(s.terms.dsa_normaliser for s in stored)
         for part, gradients in zip(micro, stored, strict=True):
             dsa = dsa_weight * scale * dsa_scale(config, counts, "phrase", normaliser)
             hid = hid_weight * scale * hid_scale(config, counts, "phrase")
-            returned.append(attach(part.student, projection, gradients, dsa, hid))
+            terms = attach(part.student, projection, gradients)
+            returned.append(dsa * terms.dsa + hid * terms.hid)
     return sum(returned) / scale
 
 
@@ -308,10 +307,11 @@ def test_a_rank_without_spans_returns_a_zero_that_depends_on_the_parameters(redu
         torch.ones(6, D_STUDENT, requires_grad=True),
         torch.ones(D_TEACHER, D_STUDENT).requires_grad_(),
     )
-    stored = layer_gradients(student, torch.ones(6, D_TEACHER), projection, bounds([4, 2]), none, config)
+    stored = layer_gradients(Batch(student, torch.ones(6, D_TEACHER), bounds([4, 2]), none), projection, config)
     counts = count_sequences({"word": none})
     dsa = dsa_scale(config, counts, "word", stored.terms.dsa_normaliser)
-    total = attach(student, projection, stored, dsa, hid_scale(config, counts, "word"))
+    terms = attach(student, projection, stored)
+    total = dsa * terms.dsa + hid_scale(config, counts, "word") * terms.hid
     assert total.item() == 0
     assert all(g.eq(0).all() for g in torch.autograd.grad(total, (student, projection)))
 
@@ -365,7 +365,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="teacher: must not require grad"):
         loss([batch.student], [batch.teacher.requires_grad_()], batch.cu_seqlens, {"word": batch.spans})
     with pytest.raises(ValueError, match="projection: want"):
-        layer_terms(batch.student, batch.teacher.detach(), random(3, 3), *batch[2:], MTAConfig())
+        layer_gradients(batch._replace(teacher=batch.teacher.detach()), random(3, 3), MTAConfig())
     with pytest.raises(ValueError, match="granularities: want one for each key layer"):
         MTALoss(D_STUDENT, D_TEACHER, [])
     with pytest.raises(ValueError, match="weighted_mean divides by"):

@@ -8,7 +8,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mta_ds.ops import covered_tokens, dsa, hid, normalise_within, reference, span_pool, span_weights, token_weights
+from mta_ds.ops import reference
+from mta_ds.ops.reference import (
+    covered_tokens,
+    dsa,
+    hid,
+    normalise_within,
+    span_pool,
+    span_weights,
+    token_weights,
+)
 
 LENGTHS = (6, 1, 0, 9, 3)
 # by sequence: overlapping and nested spans, a single span, none, an empty one

@@ -1,0 +1,124 @@
+"""Dynamic Structural Alignment (MTA eqs. 10-11): do the student's spans relate to each other as the teacher's do?"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta_ds.ops.arguments import check_bounds, check_rows, check_teacher, check_together, check_vector
+from mta_ds.ops.backend import backend_of
+from mta_ds.ops.layout import beside, pairs
+from mta_ds.ops.products import accumulating
+
+# Pairs of spans of a CPU at once: 1 MB in fp32 stays in a core's cache until its gradient is made.
+_BLOCK_PAIRS = 1 << 18
+
+
+class Aligned(NamedTuple):
+    """Sums of each sequence with the gradient of the first."""
+
+    values: Tensor
+    """X [B]"""
+    normalisers: Tensor
+    """Z [B]"""
+    gradient: Tensor
+    """∂X_b/∂U of the student's spans [K, d_S]: each span is in one sequence."""
+
+
+def dsa(student: Tensor, teacher: Tensor, span_weights: Tensor, cu_spans: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted squared differences of cosines between spans, of each sequence.
+
+        X_b = Σ_i Σ_{j≠i} ω_i ω_j (cos(U^S_i, U^S_j) - cos(U^T_i, U^T_j))²,    Z_b = Σ_i Σ_{j≠i} ω_i ω_j
+
+    The cosines are subtracted before they are squared, tile by tile. The feature form ||AᵀA||² - 2||AᵀC||² + ||CᵀC||²
+    would cost less where K > d, but loses all digits of X_b in fp32 once student and teacher agree.
+
+    Args:
+        student: span states [K, d_S].
+        teacher: [K, d_T], no gradient.
+        span_weights: ω [K], no gradient.
+        cu_spans: int64 [B + 1] on the CPU.
+
+    Returns:
+        X [B], differentiable in ``student``, and Z [B]; exact zeros for a sequence with fewer than two spans.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a teacher that requires grad.
+    """
+    check_rows("student", student)
+    check_rows("teacher", teacher, len(student))
+    check_teacher("teacher", teacher)
+    check_vector("span_weights", span_weights, len(student))
+    check_together(student=student, teacher=teacher, span_weights=span_weights)
+    check_bounds("cu_spans", cu_spans, len(student))
+    values, normalisers = _DSA.apply(  # type: ignore[no-untyped-call]
+        student, teacher, accumulating(span_weights.detach()), cu_spans
+    )
+    return values, normalisers
+
+
+class _DSA(torch.autograd.Function):
+    """Gradients are made in the forward, while the tiles of cosines are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> tuple[Tensor, Tensor]:
+        aligned = align(accumulating(student), accumulating(teacher), omega, cu_spans)
+        ctx.save_for_backward(aligned.gradient)
+        ctx.cu_spans, ctx.dtype = cu_spans, student.dtype
+        ctx.mark_non_differentiable(aligned.normalisers)
+        return aligned.values, aligned.normalisers
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        owner = torch.repeat_interleave(torch.arange(len(upstream)), ctx.cu_spans.diff())
+        return (gradient * upstream[beside(owner, upstream.device)][:, None]).to(ctx.dtype), None, None, None
+
+
+@torch.no_grad()
+def align(student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> Aligned:
+    """:func:`dsa` with its gradient, in the accumulating dtype; overwrites nothing."""
+    if backend_of(student) == "triton" and student.dtype != torch.float64:
+        import mta_ds.ops.kernels.dsa as kernels
+
+        return Aligned(
+            *kernels.align(student, teacher, _inverse_norm(student), _inverse_norm(teacher), omega, cu_spans)
+        )
+    gradient = torch.empty_like(student)
+    sums = [_align_sequence(student[a:b], teacher[a:b], omega[a:b], gradient[a:b]) for a, b in pairs(cu_spans)]
+    if not sums:
+        return Aligned(omega.new_zeros(0), omega.new_zeros(0), gradient)
+    values, normalisers = torch.stack(sums).unbind(dim=1)
+    return Aligned(values, normalisers, gradient)
+
+
+def _align_sequence(student: Tensor, teacher: Tensor, omega: Tensor, gradient: Tensor) -> Tensor:
+    """[X, Z] of one sequence; its gradient into ``gradient`` [K, d_S].
+
+    With Û the unit rows and c_ij = 4 ω_i ω_j (cos^S_ij - cos^T_ij), ∂X/∂Û_i = Σ_j c_ij Û_j =: G_i, and through the
+    normalisation ∂X/∂U_i = (G_i - Û_i <Û_i, G_i>) / ||U_i||.
+    """
+    inverse = _inverse_norm(student)
+    ours, theirs = student * inverse[:, None], teacher * _inverse_norm(teacher)[:, None]
+    sums = omega.new_zeros(2)
+    num_rows = max(1, _BLOCK_PAIRS // max(1, len(student)))
+    for first in range(0, len(student), num_rows):
+        rows = slice(first, first + num_rows)
+        gap = torch.mm(ours[rows], ours.T).addmm_(theirs[rows], theirs.T, alpha=-1)
+        # the diagonal goes by its weight: a zero vector's cosine with itself is 0, not 1
+        pair = torch.outer(omega[rows], omega)
+        pair.diagonal(offset=first).zero_()
+        weighted = pair * gap
+        sums += torch.stack([torch.dot(weighted.view(-1), gap.view(-1)), pair.sum()])
+        towards = torch.mm(weighted.mul_(4.0), ours, out=gradient[rows])
+        towards.addcmul_(ours[rows], (ours[rows] * towards).sum(dim=1, keepdim=True), value=-1)
+        towards.mul_(inverse[rows, None])
+    return sums
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / ||row||, and 0 for a zero row: it has no direction, and no gradient."""
+    norm = torch.linalg.vector_norm(x, dim=1)
+    return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)

@@ -1,0 +1,180 @@
+"""Hidden Representation Alignment (MTA eqs. 12-13): the student's tokens, projected, against the teacher's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta_ds.ops.arguments import check_rows, check_teacher, check_together, check_vector
+from mta_ds.ops.backend import backend_of
+from mta_ds.ops.products import accumulating, add_product, product
+
+# Tokens that are projected at once: enough for products at full speed, few beside a batch.
+_CHUNK_TOKENS = 1024
+_FULL = (torch.float32, torch.float64)
+
+
+class Projected(NamedTuple):
+    """A sum with its gradients."""
+
+    value: Tensor
+    """Σ_t w_t (1 - cos(W h_t, h^T_t))"""
+    student: Tensor
+    """[m, d_S] in the student's dtype."""
+    projection: Tensor
+    """[d_T, d_S] in the accumulating dtype."""
+
+
+def hid(student: Tensor, projection: Tensor, teacher: Tensor, token_weights: Tensor) -> Tensor:
+    """The weighted cosine distances between projected student and teacher tokens: Σ_t w_t (1 - cos(W h^S_t, h^T_t)).
+
+    The projected tensor [m, d_T] is never kept: chunks of it become the gradients at once.
+
+    Args:
+        student: [m, d_S].
+        projection: W [d_T, d_S].
+        teacher: [m, d_T], no gradient.
+        token_weights: [m], no gradient.
+
+    Returns:
+        A scalar sum in fp32 (float64 stays), differentiable in ``student`` and ``projection``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a teacher that requires grad.
+    """
+    check_rows("student", student)
+    check_rows("teacher", teacher, len(student))
+    check_teacher("teacher", teacher)
+    check_vector("token_weights", token_weights, len(student))
+    check_rows("projection", projection)
+    if projection.shape != (teacher.shape[1], student.shape[1]):
+        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
+    check_together(student=student, projection=projection, teacher=teacher, token_weights=token_weights)
+    value: Tensor = _Hid.apply(  # type: ignore[no-untyped-call]
+        student, projection, teacher, accumulating(token_weights.detach())
+    )
+    return value
+
+
+class _Hid(torch.autograd.Function):
+    """Gradients are made in the forward, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, projection: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        total = torch.zeros_like(projection, dtype=accumulating(projection[:0]).dtype)
+        projected = project(student, projection, teacher, weights, None, total)
+        ctx.save_for_backward(projected.student, projected.projection.to(projection.dtype))
+        return projected.value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        student, projection = ctx.saved_tensors
+        return student * upstream.to(student.dtype), projection * upstream.to(projection.dtype), None, None
+
+
+@torch.no_grad()
+def project(
+    student: Tensor, projection: Tensor, teacher: Tensor, weights: Tensor, tokens: Tensor | None, total: Tensor
+) -> Projected:
+    """:func:`hid` with its gradients.
+
+    Args:
+        student, teacher: [n, d_S], [n, d_T].
+        weights: [m] in the accumulating dtype.
+        tokens: the rows that count, int64 [m] beside the others; None for all, m = n.
+        total: [d_T, d_S] in the accumulating dtype; the projection's gradient is added to it.
+    """
+    gradient = student.new_empty(len(weights), student.shape[1])
+    values = torch.empty_like(weights)
+    dtype = torch.promote_types(student.dtype, projection.dtype)
+    way = _ThroughGram if gram_pays(len(weights), *projection.shape) and dtype in _FULL else _Direct
+    products = way(projection.to(dtype), total)
+    for first in range(0, len(weights), _CHUNK_TOKENS):
+        chunk = slice(first, first + _CHUNK_TOKENS)
+        rows = chunk if tokens is None else tokens[chunk]
+        values[chunk], towards = products(student[rows].to(dtype), teacher, rows, weights[chunk])
+        gradient[chunk] = towards
+    products.finish()
+    return Projected(values.sum(), gradient, total)
+
+
+def gram_pays(num_tokens: int, d_teacher: int, d_student: int) -> bool:
+    """Whether WᵀW and the teacher's tokens projected down cost less than the student's projected up.
+
+    Three products of m d_S d_T become two, two of m d_S² and two of d_T d_S². Not in half precision: WᵀW would be
+    rounded, or multiplied at the rate of fp32.
+    """
+    return d_teacher > 2 * d_student * (1 + d_teacher / max(1, num_tokens))
+
+
+class _Direct:
+    """Project up: P = h Wᵀ, and ∂/∂P back through W."""
+
+    def __init__(self, projection: Tensor, total: Tensor) -> None:
+        self._projection, self._total = projection, total
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Values [c] and gradient to the student [c, d_S] of a chunk; adds to the projection's."""
+        projected = product(student, self._projection.T)
+        if backend_of(student) == "triton" and student.dtype != torch.float64:
+            import mta_ds.ops.kernels.hid as kernels
+
+            values, towards = kernels.distances(projected, teacher, rows, weights, student.dtype)
+        else:
+            values, towards = _distances(projected, accumulating(teacher[rows]), weights)
+        towards = towards.to(student.dtype)
+        add_product(self._total, towards.T, student)
+        return values, product(towards, self._projection)
+
+    def finish(self) -> None:
+        """Nothing is left over."""
+
+
+class _ThroughGram:
+    """Project down: <W h, t> = <h, Wᵀ t> and ||W h||² = hᵀ (WᵀW) h, so nothing is d_T wide but the teacher."""
+
+    def __init__(self, projection: Tensor, total: Tensor) -> None:
+        self._projection, self._total = projection, total
+        self._gram = torch.mm(projection.T, projection)
+        self._outer = torch.zeros_like(self._gram)
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :class:`_Direct`."""
+        theirs = teacher[rows].to(student.dtype)
+        down, through = torch.mm(theirs, self._projection), torch.mm(student, self._gram)
+        square = (student * through).sum(dim=1).clamp_min_(0)
+        values, along, back = _slopes(
+            (student * down).sum(dim=1), square.sqrt(), torch.linalg.vector_norm(theirs, dim=1), weights
+        )
+        self._total.addmm_(theirs.T, student * along[:, None])
+        self._outer.addmm_(student.T, student * back[:, None])
+        return values, down.mul_(along[:, None]).addcmul_(through, back[:, None])
+
+    def finish(self) -> None:
+        """Σ_t b_t W h hᵀ, once for all tokens."""
+        self._total.addmm_(self._projection, self._outer)
+
+
+def _distances(projected: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """w (1 - cos(P, T)) of each row [c] and its gradient to P [c, d_T], written over ``projected``."""
+    ours, theirs = (torch.linalg.vector_norm(x, dim=1) for x in (projected, teacher))
+    values, along, back = _slopes((projected * teacher).sum(dim=1), ours, theirs, weights)
+    return values, projected.mul_(back[:, None]).addcmul_(teacher, along[:, None])
+
+
+def _slopes(dot: Tensor, ours: Tensor, theirs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, and a, b of the gradient a T + b P: ∂/∂P w (1 - <P, T> / (|P| |T|)) = -w T / (|P| |T|) + w cos P / |P|².
+
+    A zero vector's cosine is 0, and so is its gradient.
+    """
+    nonzero = (ours > 0) & (theirs > 0)
+    inverse = torch.where(nonzero, 1 / torch.where(nonzero, ours * theirs, 1.0), 0.0)
+    cosine = dot * inverse
+    back = weights * cosine / torch.where(nonzero, ours.square(), 1.0)
+    return weights * (1 - cosine), -weights * inverse, back

@@ -1,0 +1,41 @@
+"""What all launches share: how products are made, block sizes, and how a kernel is described to a compiler."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Specialisation(NamedTuple):
+    """One compiled form of a kernel."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How :func:`dot` multiplies: fp32 as three tensor-core products, which keeps its digits; halves as they are."""
+    if dtype == torch.float32:
+        return "tf32x3"
+    # the interpreter (3.9) would multiply the bit patterns of bf16 as integers
+    return "upcast" if triton.knobs.runtime.interpret else "ieee"
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a · b, added up in fp32."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+def block_size(width: int, most: int) -> int:
+    """The block of features a program works on at once: a power of two, 16 at least, ``most`` at most."""
+    return max(16, min(most, triton.next_power_of_2(width)))

@@ -1,0 +1,195 @@
+"""One key layer, as a hook of the teacher calls it: every structural op over the layer's states, with gradients.
+
+How often a hidden state [n, d] is read, and why not less often:
+1. its rows' standard deviations, which every score needs;
+2. the scores' row sums, and
+3. (a GPU; a CPU has the block of scores at hand) their column sums, which need all row sums of the sequence;
+4. pooling, which needs all weights of the sequence, so all its columns;
+5. the projected distances of the covered tokens: a product with W, which a library's kernel does best by itself.
+Work goes by groups of whole sequences, so 2 to 5 find a group in cache, and nothing but the gradients outlives it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta_ds.ops.arguments import check_rows, check_together
+from mta_ds.ops.dsa import align
+from mta_ds.ops.hid import project
+from mta_ds.ops.layout import Group, SpanLayout, beside
+from mta_ds.ops.products import accumulating
+from mta_ds.ops.span_pool import normalise_within, pool, pool_gradient
+from mta_ds.ops.token_weights import token_weights
+
+Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
+
+# Tokens that are worked on at once.
+_CPU_TOKENS = 1024
+_GPU_TOKENS = 16_384
+_TINY = 1e-30  # below any Z of two spans that weigh something
+
+
+class LayerTerms(NamedTuple):
+    """A key layer's sums over this rank's micro-batch, before any normaliser."""
+
+    dsa: Tensor
+    """Σ_b X_b, or Σ_b X_b / Z_b with ``sequence_mean``."""
+    dsa_normaliser: Tensor
+    """Σ_b Z_b, no gradient."""
+    hid: Tensor
+    """Σ_b Y_b with ``paper``, else Σ_b Y'_b (weights renormalised in each sequence)."""
+    finite: Tensor
+    """Two numbers, no gradient: 1 where all the student's, all the teacher's states are finite, else 0."""
+
+
+class LayerGradients(NamedTuple):
+    """Terms with their gradients; DSA's and Hid's apart, since their factors differ and one may be known only later."""
+
+    terms: LayerTerms
+    layout: SpanLayout
+    pool_weights: Tensor
+    """Token weights [n] that pooled the student's spans."""
+    pool_mass: Tensor
+    """Their sums over each span [K]."""
+    dsa_spans: Tensor
+    """∂dsa / ∂ the student's span states [K, d_S]: fewer than tokens; pooling is undone in backward."""
+    hid_tokens: Tensor
+    """∂hid / ∂ the student's covered tokens [m, d_S]."""
+    hid_projection: Tensor
+    """∂hid / ∂W [d_T, d_S]"""
+
+
+@torch.no_grad()
+def align_layer(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor,
+    layout: SpanLayout,
+    reduction: Reduction = "sequence_mean",
+    student_weights: Literal["own", "teacher"] = "own",
+) -> LayerGradients:
+    """DSA and Hid of one key layer (MTA eqs. 5-13) and the gradients of both sums; nothing of the teacher is kept.
+
+    Args:
+        student: [n, d_S], the layer's hidden states of the batch's n valid tokens.
+        teacher: [n, d_T], no gradient.
+        projection: W [d_T, d_S].
+        layout: the spans of the layer's granularity.
+        reduction: whether X_b is divided by Z_b and Hid's weights are renormalised, see :class:`LayerTerms`.
+        student_weights: whose token weights pool the student's spans.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or a teacher that requires grad.
+    """
+    _check(student, teacher, projection, layout)
+    sums = projection.new_zeros(projection.shape, dtype=accumulating(projection[:0]).dtype)
+    members, zero = layout.members, sums.new_zeros(())
+    found = LayerGradients(
+        terms=LayerTerms(zero, zero, zero, sums.new_ones(2)),
+        layout=layout,
+        pool_weights=sums.new_empty(layout.num_tokens),
+        pool_mass=sums.new_empty(len(members.spans)),
+        dsa_spans=student.new_empty(len(members.spans), student.shape[1]),
+        hid_tokens=student.new_empty(len(members.covered), student.shape[1]),
+        hid_projection=sums,
+    )
+    parts = [
+        _align_group(student[group.tokens], teacher[group.tokens], projection, group, found, reduction, student_weights)
+        for group in layout.groups(_GPU_TOKENS if student.is_cuda else _CPU_TOKENS)
+    ]
+    if not parts:
+        return found
+    dsa, normaliser, hid, finite = (torch.stack(column) for column in zip(*parts, strict=True))
+    return found._replace(
+        terms=LayerTerms(dsa.sum(), normaliser.sum(), hid.sum(), finite.amin(dim=0)),
+        hid_projection=sums.to(projection.dtype),
+    )
+
+
+def _align_group(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor,
+    group: Group,
+    found: LayerGradients,
+    reduction: Reduction,
+    student_weights: Literal["own", "teacher"],
+) -> LayerTerms:
+    """The terms of some whole sequences; their gradients go to their places in ``found``."""
+    layout, members = group.layout, group.layout.members
+    weights = token_weights(teacher, layout.cu_seqlens)
+    own = weights if student_weights == "teacher" else token_weights(student, layout.cu_seqlens)
+    theirs, ours = pool(teacher, weights, members), pool(student, own, members)
+    omega = normalise_within(theirs.mass, layout.cu_spans)
+    aligned = align(ours.states, theirs.states, omega, layout.cu_spans)
+    x, towards = aligned.values, aligned.gradient
+    if reduction == "sequence_mean":
+        inverse = torch.where(aligned.normalisers > 0, 1 / aligned.normalisers.clamp_min(_TINY), 0.0)
+        x, towards = x * inverse, towards.mul_(inverse[beside(layout.span_owner, x.device), None])
+    covered = members.on("covered", student.device)
+    covered_weights = weights[covered]
+    if reduction != "paper":
+        covered_weights = normalise_within(covered_weights, layout.cu_covered)
+    tokens = None if len(covered) == len(student) else covered
+    projected = project(student, projection, teacher, covered_weights, tokens, found.hid_projection)
+    found.pool_weights[group.tokens] = own
+    found.pool_mass[group.spans] = ours.mass
+    found.dsa_spans[group.spans] = towards
+    found.hid_tokens[group.covered] = projected.student
+    return LayerTerms(x.sum(), aligned.normalisers.sum(), projected.value, _finite(own, weights, x, projected.value))
+
+
+def _finite(own: Tensor, weights: Tensor, x: Tensor, hid: Tensor) -> Tensor:
+    """Whether the student's and the teacher's states are: seen in their weights or, where shared, in the loss."""
+    teacher = weights.sum().isfinite()
+    student = own.sum().isfinite() if own is not weights else (x.sum() + hid).isfinite() | ~teacher
+    return torch.stack([student, teacher]).to(weights.dtype)
+
+
+def attach(student: Tensor, projection: Tensor, gradients: LayerGradients) -> LayerTerms:
+    """The layer's terms in the student's graph: backward returns the stored gradients times what arrives.
+
+    Where there was no span they are exact zeros, but every parameter still takes part, as collectives need.
+
+    Args:
+        student, projection: what :func:`align_layer` was given, [n, d_S] and [d_T, d_S].
+    """
+    return LayerTerms(*_Attach.apply(student, projection, gradients))  # type: ignore[no-untyped-call]
+
+
+class _Attach(torch.autograd.Function):
+    """Values whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, projection: Tensor, gradients: LayerGradients) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        dsa, normaliser, hid, finite = (term.clone() for term in gradients.terms)
+        ctx.mark_non_differentiable(normaliser, finite)
+        return dsa, normaliser, hid, finite
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        kept: LayerGradients = ctx.gradients
+        members, dtype = kept.layout.members, kept.hid_tokens.dtype
+        by_dsa, _, by_hid, _ = upstream
+        student = pool_gradient(kept.dsa_spans * by_dsa.to(dtype), kept.pool_weights, kept.pool_mass, members, dtype)
+        if len(kept.hid_tokens) == len(student):
+            student.addcmul_(kept.hid_tokens, by_hid.to(dtype))
+        else:
+            covered = members.on("covered", student.device)
+            student.index_add_(0, covered, kept.hid_tokens * by_hid.to(dtype))  # each token once: no order to keep
+        return student, kept.hid_projection * by_hid.to(kept.hid_projection.dtype), None
+
+
+def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout) -> None:
+    check_rows("student", student, layout.num_tokens)
+    check_rows("teacher", teacher, layout.num_tokens)
+    if teacher.requires_grad:
+        raise ValueError("teacher: must not require grad; detach it")
+    check_rows("projection", projection)
+    if projection.shape != (teacher.shape[1], student.shape[1]):
+        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
+    check_together(student=student, teacher=teacher, projection=projection)

@@ -1,0 +1,161 @@
+"""Where sequences and spans lie in a ragged batch: host data, read once, so that no op ever waits for a GPU.
+
+Layouts come from the tokenizer, so they start on the CPU, and stay there: checks, loop bounds and launch grids are
+made from them on the host, and what kernels read is copied beside the tensors without waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mta_ds.ops.arguments import check_bounds, check_spans, check_spans_within
+
+
+class Membership:
+    """Which tokens are in which span: the pairs (span, token), ordered by span and, for gradients, by token.
+
+    Args:
+        spans: half-open token ranges int64 [K, 2] on the CPU, in any order, overlapping or empty.
+        num_tokens: n.
+
+    Raises:
+        ValueError: spans that are no such ranges.
+    """
+
+    def __init__(self, spans: Tensor, num_tokens: int) -> None:
+        check_spans(spans, num_tokens)
+        self.spans = spans
+        self.num_tokens = num_tokens
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def span_offsets(self) -> Tensor:
+        """int64 [K + 1]: where each span's pairs begin."""
+        return _offsets(self.spans[:, 1] - self.spans[:, 0])
+
+    @cached_property
+    def span_tokens(self) -> Tensor:
+        """int64 [pairs]: the token of each pair, span by span."""
+        lengths = self.spans[:, 1] - self.spans[:, 0]
+        first = torch.repeat_interleave(self.spans[:, 0] - self.span_offsets[:-1], lengths)
+        return first + torch.arange(len(first))
+
+    @cached_property
+    def _by_token(self) -> Tensor:
+        return self.span_tokens.argsort(stable=True)
+
+    @cached_property
+    def token_offsets(self) -> Tensor:
+        """int64 [n + 1]: where each token's pairs begin."""
+        return _offsets(torch.bincount(self.span_tokens, minlength=self.num_tokens))
+
+    @cached_property
+    def token_spans(self) -> Tensor:
+        """int64 [pairs]: the span of each pair, token by token."""
+        owners = torch.repeat_interleave(torch.arange(len(self.spans)), self.spans[:, 1] - self.spans[:, 0])
+        return owners[self._by_token]
+
+    @cached_property
+    def covered(self) -> Tensor:
+        """int64 [m]: the tokens that are in any span, sorted."""
+        return self.token_offsets.diff().nonzero()[:, 0]
+
+    def on(self, name: str, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The attribute ``name`` on a device, copied there once."""
+        key = (name, device, dtype)
+        if key not in self._copies:
+            self._copies[key] = beside(getattr(self, name).to(dtype), device)
+        return self._copies[key]
+
+
+class SpanLayout:
+    """The spans of one granularity in a batch: shared by all key layers that align it.
+
+    Args:
+        cu_seqlens: bounds of the sequences, int64 [B + 1].
+        spans: token ranges int64 [K, 2], sequence by sequence.
+        cu_spans: bounds of each sequence's spans, int64 [B + 1].
+
+    Raises:
+        ValueError: bounds that fall or end elsewhere, or a span outside its own sequence.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, spans: Tensor, cu_spans: Tensor) -> None:
+        num_tokens = check_bounds("cu_seqlens", cu_seqlens, None)
+        self.members = Membership(spans, num_tokens)
+        check_bounds("cu_spans", cu_spans, len(spans))
+        check_spans_within(spans, cu_spans, cu_seqlens)
+        self.cu_seqlens = cu_seqlens
+        self.cu_spans = cu_spans
+        self._groups: dict[int, list[Group]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """n"""
+        return self.members.num_tokens
+
+    @cached_property
+    def cu_covered(self) -> Tensor:
+        """Bounds of each sequence's covered tokens, int64 [B + 1]."""
+        return torch.searchsorted(self.members.covered, self.cu_seqlens)
+
+    @cached_property
+    def span_owner(self) -> Tensor:
+        """The sequence of each span, int64 [K]."""
+        return torch.repeat_interleave(torch.arange(len(self.cu_spans) - 1), self.cu_spans.diff())
+
+    def groups(self, num_tokens: int) -> list[Group]:
+        """The batch as runs of whole sequences of about ``num_tokens``: what is worked on at once."""
+        if num_tokens not in self._groups:
+            self._groups[num_tokens] = list(self._cut(num_tokens))
+        return self._groups[num_tokens]
+
+    def _cut(self, num_tokens: int) -> Iterator[Group]:
+        bounds, cu_spans, cu_covered = (cu.tolist() for cu in (self.cu_seqlens, self.cu_spans, self.cu_covered))
+        first = 0
+        for last in range(1, len(bounds)):
+            if last + 1 < len(bounds) and bounds[last + 1] - bounds[first] <= num_tokens:
+                continue
+            tokens, spans = slice(bounds[first], bounds[last]), slice(cu_spans[first], cu_spans[last])
+            covered = slice(cu_covered[first], cu_covered[last])
+            inner = SpanLayout(
+                self.cu_seqlens[first : last + 1] - tokens.start,
+                self.members.spans[spans] - tokens.start,
+                self.cu_spans[first : last + 1] - spans.start,
+            )
+            yield Group(tokens, spans, covered, inner)
+            first = last
+
+
+class Group:
+    """Some whole sequences of a batch: slices into the batch's tokens, spans and covered tokens, and their layout."""
+
+    def __init__(self, tokens: slice, spans: slice, covered: slice, layout: SpanLayout) -> None:
+        self.tokens, self.spans, self.covered, self.layout = tokens, spans, covered, layout
+
+
+def pairs(cu: Tensor) -> list[tuple[int, int]]:
+    """[B + 1] bounds as B (start, end)."""
+    return list(itertools.pairwise(cu.tolist()))
+
+
+def tiles(cu: Tensor, size: int) -> Tensor:
+    """The launch grid over ragged rows: int32 [tiles, 3] of (first row, segment's start, segment's end)."""
+    rows = [(first, start, end) for start, end in pairs(cu) for first in range(start, end, size)]
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
+
+
+def beside(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor where the others are; through pinned memory the copy does not wait for the GPU's queue."""
+    if device.type == "cpu":
+        return host
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

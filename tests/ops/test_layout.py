@@ -1,0 +1,75 @@
+"""Layouts against brute force, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import LENGTHS, bounds, random_spans
+
+from mta_ds.ops import SpanLayout
+from mta_ds.ops.layout import Membership, tiles
+
+COUNTS = (9, 1, 30, 0, 3, 8)
+CU_SEQLENS = bounds(LENGTHS)
+SPANS, CU_SPANS = random_spans(LENGTHS, COUNTS, seed=4)
+
+
+def test_members_both_ways():
+    members = Membership(SPANS, sum(LENGTHS))
+    pairs = [(i, t) for i, (start, end) in enumerate(SPANS.tolist()) for t in range(start, end)]
+    assert members.span_tokens.tolist() == [t for _, t in pairs]
+    by_token = sorted((t, i) for i, t in pairs)
+    assert members.token_spans.tolist() == [i for _, i in by_token]
+    for t in range(sum(LENGTHS)):
+        first, last = members.token_offsets[t : t + 2].tolist()
+        assert members.token_spans[first:last].tolist() == [i for i, token in pairs if token == t]
+    assert members.covered.tolist() == sorted({t for _, t in pairs})
+    assert members.on("covered", torch.device("cpu")) is members.on("covered", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [1, 66, 300, 10_000])
+def test_groups_are_whole_sequences_and_all_of_them(size):
+    layout = SpanLayout(CU_SEQLENS, SPANS, CU_SPANS)
+    groups = layout.groups(size)
+    for whole, part in ((sum(LENGTHS), "tokens"), (len(SPANS), "spans"), (len(layout.members.covered), "covered")):
+        slices = [getattr(group, part) for group in groups]
+        assert [i for s in slices for i in range(s.start, s.stop)] == list(range(whole))
+    for group in groups:
+        inner = group.layout
+        assert len(inner.cu_seqlens) == 2 or inner.num_tokens <= size
+        assert torch.equal(inner.members.spans + group.tokens.start, SPANS[group.spans])
+        assert torch.equal(inner.members.covered + group.tokens.start, layout.members.covered[group.covered])
+        assert inner.cu_covered[-1] == len(inner.members.covered)
+
+
+def test_tiles_cover_every_row_once():
+    grid = tiles(CU_SEQLENS, 64)
+    rows = [row for first, start, end in grid.tolist() for row in range(first, min(first + 64, end)) if row >= start]
+    assert rows == list(range(sum(LENGTHS))) and grid.dtype == torch.int32
+    assert tiles(bounds([]), 64).shape == tiles(bounds([0, 0]), 64).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "spans", "cu_spans", "message"),
+    [
+        ([0, 4, 8], [[0, 2], [3, 5]], [0, 2, 2], r"spans: row 1 \[3, 5\] is outside its sequence 0, tokens 0 to 4"),
+        ([0, 4, 8], [[0, 2], [5, 6]], [0, 0, 2], r"spans: row 0 \[0, 2\] is outside its sequence 1, tokens 4 to 8"),
+        ([0, 4, 8], [[0, 2]], [0, 1], "cu_spans: want 3 bounds as cu_seqlens has, got 2"),
+        ([0, 4, 8], [[0, 2]], [0, 1, 2], "cu_spans: want bounds from 0 to 1, got 0 to 2"),
+        ([0, 5, 4], [[0, 2]], [0, 1, 1], "cu_seqlens: bounds must not fall"),
+        ([1, 4], [[1, 2]], [0, 1], "cu_seqlens: want bounds from 0 to n, got 1 to 4"),
+        ([0, 4], [[0, 9]], [0, 1], "spans: want 0 <= start <= end <= 4"),
+        ([0, 4], [[3, 2]], [0, 1], "spans: want 0 <= start <= end <= 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(cu_seqlens, spans, cu_spans, message):
+    with pytest.raises(ValueError, match=message):
+        SpanLayout(torch.tensor(cu_seqlens), torch.tensor(spans), torch.tensor(cu_spans))
+
+
+def test_a_layout_on_a_gpu_is_refused():
+    elsewhere = CU_SEQLENS.to("meta")
+    with pytest.raises(ValueError, match="cu_seqlens: layouts are host data, read without waiting for a GPU"):
+        SpanLayout(elsewhere, SPANS, CU_SPANS)
+    with pytest.raises(ValueError, match="spans: layouts are host data"):
+        Membership(SPANS.to("meta"), 4)

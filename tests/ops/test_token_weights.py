@@ -1,0 +1,76 @@
+"""Token weights on every backend against the reference."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from op_cases import LENGTHS, assert_matches, bounds, random
+
+from mta_ds.ops import reference, token_weights
+
+CU_SEQLENS = bounds(LENGTHS)
+
+
+def check(hidden, cu_seqlens=CU_SEQLENS):
+    assert_matches(
+        lambda hidden: [token_weights(hidden, cu_seqlens)],
+        lambda hidden: [reference.token_weights(hidden, cu_seqlens)],
+        {"hidden": hidden},
+        trained=[],
+        tolerance=(2e-5, 1e-7),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [2, 70])
+def test_equals_the_reference(backend, dtype, width):
+    check(3 * random(sum(LENGTHS), width, dtype=dtype) + random(width, seed=1, dtype=dtype))
+
+
+def test_a_long_sequence_goes_in_blocks(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("mta_ds.ops.token_weights"), "_BLOCK_SCORES", 300)
+    check(random(sum(LENGTHS), 20))
+
+
+def test_states_with_a_large_mean_and_strided_rows(backend):
+    wide = random(90, 40) + 300.0
+    check(wide[:, ::2], bounds([70, 20]))
+    check(wide[:, 3:20], bounds([70, 20]))
+
+
+def test_equal_tokens_share_and_extreme_ones_stay_finite(backend):
+    assert token_weights(torch.zeros(4, 5), bounds([4])).tolist() == [0.25] * 4
+    hidden = random(70, 16)
+    hidden[3] *= 1e6
+    hidden[5] = hidden[4]
+    check(hidden, bounds([70]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("lengths", [(70, 5), (1, 74)])
+def test_what_is_not_finite_shows_in_its_sequence_alone(backend, bad, lengths):
+    hidden = random(75, 8)
+    hidden[0, 3] = bad
+    weights = token_weights(hidden, bounds(lengths)).split(lengths)
+    assert weights[0].isnan().all() and weights[1].isfinite().all()
+
+
+def test_no_tokens(backend):
+    assert token_weights(torch.zeros(0, 4), bounds([])).shape == (0,)
+    assert token_weights(torch.zeros(0, 4), bounds([0, 0])).shape == (0,)
+
+
+def test_wrong_arguments_are_named():
+    hidden = torch.zeros(4, 3)
+    for cu, message in (
+        (torch.tensor([0, 3]), "cu_seqlens: want bounds from 0 to 4, got 0 to 3"),
+        (torch.tensor([0, 5, 4]), "cu_seqlens: bounds must not fall"),
+        (torch.tensor([0, 4]).int(), "cu_seqlens: want int64"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "cu_seqlens: layouts are host data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            token_weights(hidden, cu)
+    with pytest.raises(ValueError, match="hidden: want a floating matrix"):
+        token_weights(hidden.long(), torch.tensor([0, 4]))
