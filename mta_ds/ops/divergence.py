@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # Rows are taken through all their passes a few at a time, so that what one pass writes the next finds in the cache.
-_BLOCK_BYTES = 3 << 20
+_BLOCK_BYTES = 2 << 20
+_GPU_BLOCK_BYTES = 256 << 20  # there, so that launches are few
 
 DivergenceName = Literal["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl"]
 
@@ -116,7 +117,8 @@ def divergence_rows(
         values: with a third row the teacher's entropy is computed.
         gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
     """
-    block = max(1, _BLOCK_BYTES // (student.shape[1] * student.element_size()))
+    block_bytes = _GPU_BLOCK_BYTES if student.is_cuda else _BLOCK_BYTES
+    block = max(1, block_bytes // (student.shape[1] * student.element_size()))
     for first in range(0, len(student), block):
         part = slice(first, first + block)
         _block(

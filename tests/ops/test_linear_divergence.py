@@ -65,7 +65,7 @@ def small(monkeypatch, backend):
 
 def assert_same_gradients(got_loss, expected_loss, trained, exact=None, **tolerance):
     """Under one random upstream gradient, by name; each in its parameter's dtype."""
-    upstream = random(1, seed=17)[0]
+    upstream = random(1, seed=17)[0].to(got_loss.device)
     got = torch.autograd.grad(got_loss, list(trained.values()), upstream.to(got_loss.dtype))
     exact = list((exact or trained).values())
     want = torch.autograd.grad(expected_loss, exact, upstream.to(expected_loss.dtype))
@@ -300,6 +300,26 @@ def test_the_kernel_writes_its_gradient_in_any_dtype(monkeypatch):
     torch.testing.assert_close(low.float(), student, rtol=2**-7, atol=0)  # the interpreter cuts off, a GPU rounds
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_agrees_and_is_not_waited_for(name, dtype):
+    host = sized(257, 1000, dtype)
+    inputs = {key: v.detach().cuda() if key != "targets" else v for key, v in host.items()}
+    leaves = {key: leaf.requires_grad_() for key, leaf in trained(inputs).items()}
+    divergence = Divergence(name, kd_ratio=0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = linear_divergence(**inputs, divergence=divergence, teacher_entropy=True, chunk_bytes=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = in_float64(inputs) | {"targets": host["targets"].cuda()}
+    expected = whole(exact, divergence, vocab=1000)[0]
+    torch.testing.assert_close(result.loss.double(), expected, rtol=1e-4, atol=1e-4)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert_same_gradients(result.loss, expected, leaves, trained(exact), **tolerance)
+
+
 def test_backward_runs_once(inputs):
     loss = linear_divergence(**inputs, divergence=Divergence("fkl", vocab_size=VOCAB)).loss
     loss.backward(retain_graph=True)
@@ -343,6 +363,13 @@ def test_a_tied_head_sums_both_uses(inputs):
 def test_wrong_arguments_are_named(inputs, change, message):
     with pytest.raises(ValueError, match=message):
         linear_divergence(**({"divergence": Divergence("fkl", vocab_size=VOCAB)} | inputs | change))
+
+
+def test_float64_goes_with_float64_only(inputs):
+    other = torch.float32 if inputs["student"].dtype == torch.float64 else torch.float64
+    inputs |= {key: inputs[key].to(other) for key in ("teacher", "teacher_head")}
+    with pytest.raises(ValueError, match="teacher: float64 goes with float64 only"):
+        linear_divergence(**inputs, divergence=Divergence("fkl", vocab_size=VOCAB))
 
 
 def test_a_teacher_that_requires_grad_is_refused(inputs):

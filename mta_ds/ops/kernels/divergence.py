@@ -209,13 +209,14 @@ def divergence_rows(
     """Fill ``values`` [2 or 3, m] with divergence, cross-entropy and teacher entropy, and ``gradient`` [m, V].
 
     Args:
-        student, teacher: fp32 logits [m, V], rows contiguous; no teacher: only the cross-entropy is computed.
+        student, teacher: contiguous fp32 logits [m, V]; no teacher: the divergence is 0.
         targets, weights: [m]; None: every weight is 1.
         values: fp32; with a third row the teacher's entropy is computed.
         gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
     """
     if len(student) == 0:
         return
+    assert all(matrix is None or matrix.is_contiguous() for matrix in (student, teacher, gradient))
     divergence_kernel[(len(student),)](
         student,
         teacher,
