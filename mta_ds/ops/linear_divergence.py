@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_teacher, check_vector
+from mta_ds.ops.arguments import check_teacher, check_together, check_vector
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.divergence import Divergence, divergence_rows
+from mta_ds.ops.products import product
 
 IGNORED = -100
 # Large enough that the products run at full speed and the head's gradient is not read and written too often, small
@@ -212,7 +213,7 @@ def _slabs(head: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden · headᵀ in fp32 (float64 stays)."""
     if _has_mixed_products(hidden):
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+        return product(hidden, head.T)
     logits = hidden.new_empty((len(hidden), len(head)), dtype=_total(hidden))
     hidden = hidden.to(logits.dtype)
     for part, rows in _slabs(head):
@@ -223,7 +224,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 def _hidden_gradient(grad_logits: Tensor, head: Tensor, out: Tensor) -> None:
     """out = grad_logits · head, summed in ``out``'s dtype."""
     if _has_mixed_products(head):
-        out.copy_(torch.mm(grad_logits, head, out_dtype=out.dtype))
+        out.copy_(product(grad_logits, head))
         return
     out.zero_()
     for part, rows in _slabs(head):
@@ -264,6 +265,7 @@ def _check(
 ) -> None:
     """Shapes, dtypes and who may require grad; nothing here waits for a device."""
     _check_side("student", student, student_head, divergence.vocab_size)
+    check_together(student=student, student_head=student_head)
     num_positions = len(student)
     if targets.shape != (num_positions,) or targets.dtype != torch.int64:
         raise ValueError(f"targets: want int64 [{num_positions}], got {targets.dtype} {list(targets.shape)}")
@@ -284,6 +286,7 @@ def _check(
         raise ValueError(f"teacher: want {num_positions} positions as the student has, got {len(teacher)}")
     if _total(teacher) != _total(student):
         raise ValueError(f"teacher: float64 goes with float64 only, got {teacher.dtype} beside {student.dtype}")
+    check_together(student=student, teacher=teacher, teacher_head=teacher_head)
     check_teacher("teacher", teacher)
     check_teacher("teacher_head", teacher_head)
     if len(teacher_head[: divergence.vocab_size]) != vocab_size:

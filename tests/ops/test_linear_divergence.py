@@ -350,6 +350,7 @@ def test_a_tied_head_sums_both_uses(inputs):
         ({"targets": torch.full((N,), VOCAB)}, "targets: want -100 or 0 <= target < 37 rows of the head"),
         ({"weights": torch.zeros(3)}, r"weights: want floating \[11\]"),
         ({"weights": torch.zeros(N, requires_grad=True)}, "weights: must not require grad"),
+        ({"teacher_head": torch.zeros(VOCAB, D_TEACHER, device="meta")}, "teacher"),
         ({"teacher": None}, "teacher and teacher_head: give both or neither"),
         ({"teacher": None, "teacher_head": None}, "teacher: the divergence 'fkl' needs it"),
         (
