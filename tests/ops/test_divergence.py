@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mta_ds.ops import Divergence, divergence_values
-from mta_ds.ops.divergence import divergence_gradients
+from mta_ds.ops.divergence import divergence_gradients, divergence_rows
 
 TEACHER = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
 STUDENT = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
@@ -85,6 +85,20 @@ def test_distributions_that_do_not_overlap_stay_finite_in_fp32(divergence):
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-6)
     assert gradient.isfinite().all()
     torch.testing.assert_close(values(student, teacher, divergence), got)
+
+
+@pytest.mark.parametrize("name", ["fkl", "tvd", "srkl"])
+def test_a_long_row_loses_no_digits_to_its_length(name):
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (4 * torch.randn(1, 256_000, generator=generator) + shift for shift in (30, -500))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        sums, logits = torch.empty(3, 1, dtype=dtype), student.to(dtype, copy=True)
+        arguments = (logits, teacher.to(dtype, copy=True), torch.tensor([255_999]), None, Divergence(name))
+        divergence_rows(*arguments, sums, logits)
+        found.append((sums.double(), logits.double()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=3e-6, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("divergence", ALL, ids=str)
