@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_ds.ops.divergence import Divergence
+from mta_ds.ops.kernels.launch import Specialisation
 
 # Eight elements of each row for a thread: 16-byte loads, enough of them in flight, and accumulators that stay in
 # registers with at least two programs on a multiprocessor.
@@ -236,8 +237,8 @@ def divergence_rows(
     )
 
 
-def specialisations() -> list[tuple[str, object, dict[str, str], dict[str, object], int]]:
-    """(name, kernel, signature, constexprs, num_warps) of every divergence as training launches it, for a compiler."""
+def specialisations(width: int) -> list[Specialisation]:
+    """Every divergence as training launches it; rows are of logits, whatever the width of the states."""
     pointers = {"student": "*fp32", "teacher": "*fp32", "targets": "*i64", "weights": "*fp32"}
     pointers |= {"divergences": "*fp32", "cross_entropies": "*fp32", "entropies": "*fp32", "gradient": "*bf16"}
     scalars = {"vocab_size": "i32", "share": "fp32", "ratio": "fp32"}
@@ -246,7 +247,6 @@ def specialisations() -> list[tuple[str, object, dict[str, str], dict[str, objec
         constants = {"NAME": name.removesuffix("_detached"), "DETACH": name.endswith("_detached"), "BLOCK": BLOCK}
         if name == "sft":
             constants |= {"teacher": None, "entropies": None}
-        signature = {key: "constexpr" if key in constants else kind for key, kind in (pointers | scalars).items()}
-        signature |= dict.fromkeys(("NAME", "DETACH", "BLOCK"), "constexpr")
-        found.append((f"divergence_{name}", divergence_kernel, signature, constants, NUM_WARPS))
+        signature = {key: kind for key, kind in (pointers | scalars).items() if key not in constants}
+        found.append(Specialisation(f"divergence {name}", divergence_kernel, signature, constants, NUM_WARPS, 3))
     return found

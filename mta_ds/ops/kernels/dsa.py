@@ -20,7 +20,7 @@ from mta_ds.ops.kernels.launch import Specialisation, dot
 from mta_ds.ops.layout import beside, tiles
 from mta_ds.ops.span_pool import segment_sums
 
-ROWS, COLUMNS, FEATURES = 32, 32, 32
+ROWS, COLUMNS, FEATURES = 64, 64, 16
 PRECISION = "tf32x3"
 
 
@@ -119,14 +119,14 @@ def align(
     if len(grid):
         _align[len(grid),](
             student, teacher, student_inverse, teacher_inverse, omega, grid, values, normalisers, gradient,
-            student.shape[1], teacher.shape[1], PRECISION, ROWS, COLUMNS, FEATURES, num_warps=4, num_stages=2,
+            student.shape[1], teacher.shape[1], PRECISION, ROWS, COLUMNS, FEATURES, num_warps=8, num_stages=2,
         )  # fmt: skip
     return segment_sums(values, cu_spans), segment_sums(normalisers, cu_spans), gradient
 
 
-def specialisations() -> list[Specialisation]:
-    """The compiled form: pooled spans are fp32 whatever the models are."""
+def specialisations(width: int) -> list[Specialisation]:
+    """The compiled form: pooled spans are fp32 whatever the models are, and go by blocks whatever their width."""
     names = ("student", "teacher", "student_inverse", "teacher_inverse", "omega", "tiles", "values", "normalisers")
     pointers = {name: "*i32" if name == "tiles" else "*fp32" for name in (*names, "gradient")}
     tile = {"PRECISION": PRECISION, "ROWS": ROWS, "COLUMNS": COLUMNS, "FEATURES": FEATURES}
-    return [Specialisation("dsa", _align, pointers | {"student_width": "i32", "teacher_width": "i32"}, tile, 4, 2)]
+    return [Specialisation("dsa", _align, pointers | {"student_width": "i32", "teacher_width": "i32"}, tile, 8, 2)]

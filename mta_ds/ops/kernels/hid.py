@@ -77,14 +77,14 @@ def distances(
     return values, gradient
 
 
-def specialisations() -> list[Specialisation]:
-    """Every compiled form."""
+def specialisations(width: int) -> list[Specialisation]:
+    """Every compiled form for states of this width."""
     found = []
     for name in ("bf16", "fp32"):
         signature = {
             "projected": "*fp32", "teacher": f"*{name}", "tokens": "*i64", "weights": "*fp32", "values": "*fp32",
             "gradient": f"*{name}", "teacher_stride": "i32", "num_features": "i32", "first_token": "i32",
         }  # fmt: skip
-        constexprs = {"HAS_TOKENS": True, "FEATURES": FEATURES}
+        constexprs = {"HAS_TOKENS": True, "FEATURES": block_size(width, FEATURES)}
         found.append(Specialisation(f"hid {name}", _distances, signature, constexprs, 8, 3))
     return found

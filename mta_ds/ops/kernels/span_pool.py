@@ -82,9 +82,10 @@ def pool_gradient(
     return gradient
 
 
-def specialisations() -> list[Specialisation]:
-    """Every compiled form."""
+def specialisations(width: int) -> list[Specialisation]:
+    """Every compiled form for states of this width."""
     found = []
+    block = {"FEATURES": block_size(width, FEATURES)}
     for name in ("bf16", "fp32"):
         forward = {
             "hidden": f"*{name}", "weights": "*fp32", "spans": "*i32", "states": "*fp32", "mass": "*fp32",
@@ -95,7 +96,7 @@ def specialisations() -> list[Specialisation]:
             "gradient": f"*{name}", "num_features": "i32",
         }  # fmt: skip
         found += [
-            Specialisation(f"pool {name}", _pool, forward, {"FEATURES": FEATURES}, 4, 3),
-            Specialisation(f"pool_gradient {name}", _pool_gradient, backward, {"FEATURES": FEATURES}, 4, 3),
+            Specialisation(f"pool {name}", _pool, forward, block, 4, 3),
+            Specialisation(f"pool_gradient {name}", _pool_gradient, backward, block, 4, 3),
         ]
     return found

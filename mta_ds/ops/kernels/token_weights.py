@@ -143,14 +143,14 @@ def feature_block(dtype: torch.dtype, num_features: int) -> int:
     return block_size(num_features, 32 if dtype == torch.float32 else 64)
 
 
-def specialisations() -> list[Specialisation]:
-    """Every compiled form."""
+def specialisations(width: int) -> list[Specialisation]:
+    """Every compiled form for states of this width."""
     found = []
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         pointers = {"hidden": f"*{name}", "scales": "*fp32", "tiles": "*i32", "lse": "*fp32"}
         numbers = {"stride": "i32", "num_features": "i32"}
         tile = {
-            "PRECISION": precision(dtype), "ROWS": ROWS, "COLUMNS": COLUMNS, "FEATURES": feature_block(dtype, 8192)
+            "PRECISION": precision(dtype), "ROWS": ROWS, "COLUMNS": COLUMNS, "FEATURES": feature_block(dtype, width)
         }  # fmt: skip
         scales = {"hidden": f"*{name}", "scales": "*fp32", **numbers, "factor": "fp32"}
         found += [
