@@ -1,8 +1,8 @@
 """What the benchmarks share: contestants in processes of their own, measured in turns; rows, their table and JSON.
 
-A contestant is a function that builds its inputs and returns the work to measure. Each lives in its own process, so
-that its peak memory is its own, and all run one after the other in every round, so that a machine that slows down
-slows them all. Times are medians of the rounds after a warm-up; a ratio is the median of the rounds' ratios.
+A contestant is a function that builds its inputs and returns the work to measure. Each lives in a process of its own,
+and all run one after the other in every round, so that a machine that slows down slows them all. Times are medians of
+the rounds after a warm-up; a ratio is the median of the rounds' ratios. Memory is measured in another process each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -73,31 +74,40 @@ def measure(contestants: Mapping[str, tuple[Any, ...]], rounds: int) -> dict[str
     Args:
         contestants: name -> (function, its arguments ...); the function returns the work.
     """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    with ExitStack() as stack:
+        pipes = {name: stack.enter_context(_process(_answer_times, *each)) for name, each in contestants.items()}
+        for measured in range(rounds + 1):
+            for name, pipe in pipes.items():
+                pipe.send("again")
+                answer = _receive(name, pipe)
+                if measured:  # the first round is the warm-up
+                    seconds[name].append(answer)
+    extra_bytes = {}
+    for name, each in contestants.items():
+        with _process(_answer_memory, *each) as pipe:
+            extra_bytes[name] = int(_receive(name, pipe))
+    return {name: Measured(seconds[name], extra_bytes[name]) for name in contestants}
+
+
+@contextmanager
+def _process(answer: Callable[..., None], make: Callable[..., Work], *arguments: Any) -> Iterator[Connection]:
+    """A process that runs ``answer(pipe, make, arguments)``; killed when the block ends."""
     # forked from a server that has imported everything and run nothing: no process pays for imports, none has threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mta_ds.losses", "rich.table"])
-    pipes: dict[str, Connection] = {}
-    processes = []
+    ours, theirs = context.Pipe()
+    process = context.Process(target=answer, args=(theirs, make, arguments), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        for name, (make, *arguments) in contestants.items():
-            pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=_contest, args=(theirs, make, arguments), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            _ask(name, pipes[name], "warm up")
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(rounds):
-            for name, pipe in pipes.items():
-                seconds[name].append(_ask(name, pipe, "time"))
-        return {name: Measured(seconds[name], int(_ask(name, pipe, "memory"))) for name, pipe in pipes.items()}
+        yield ours
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
 
 
-def _ask(name: str, pipe: Connection, request: str) -> float:
-    pipe.send(request)
+def _receive(name: str, pipe: Connection) -> float:
     try:
         answer = pipe.recv()
     except (EOFError, ConnectionError):
@@ -107,33 +117,38 @@ def _ask(name: str, pipe: Connection, request: str) -> float:
     return float(answer)
 
 
-def _contest(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    """The contestant's process: answer every request with a number, or with a traceback."""
+def _answer_times(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    """Build the work, then answer each request with the seconds of one call; a failure with its traceback."""
     try:
         work = make(*arguments)
-        while True:
-            request = pipe.recv()
-            if request == "memory":
-                return_freed_memory()
-                before = reset_peak()
-                work()
-                pipe.send(peak_bytes() - before)
-            else:
-                began = time.perf_counter()
-                work()
-                pipe.send(time.perf_counter() - began)
+        while pipe.recv():
+            began = time.perf_counter()
+            work()
+            pipe.send(time.perf_counter() - began)
     except (EOFError, ConnectionError):
         return
     except Exception:
         pipe.send(traceback.format_exc())
 
 
-def return_freed_memory() -> None:
-    """Make glibc give freed memory back at once, now and from now on: what it keeps would hide what a call needs."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
+def _answer_memory(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    """Send the peak of a second call over what the process holds after a first, which makes libraries' own buffers.
+
+    Large blocks are mapped from the start, and so unmapped as soon as they are freed: what glibc keeps of freed memory
+    would hide what a call needs, or seem to be needed.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        work = make(*arguments)
+        work()
+        gc.collect()
+        libc.malloc_trim(0)
+        before = reset_peak()
+        work()
+        pipe.send(peak_bytes() - before)
+    except Exception:
+        pipe.send(traceback.format_exc())
 
 
 def reset_peak(pid: int | str = "self") -> int:
