@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mta_ds.ops.arguments import check_rows, check_together
+from mta_ds.ops.backend import backend_of
 from mta_ds.ops.dsa import align
 from mta_ds.ops.hid import project
 from mta_ds.ops.layout import Group, SpanLayout, beside
@@ -98,7 +99,7 @@ def align_layer(
     )
     parts = [
         _align_group(student[group.tokens], teacher[group.tokens], projection, group, found, reduction, student_weights)
-        for group in layout.groups(_GPU_TOKENS if student.is_cuda else _CPU_TOKENS)
+        for group in layout.groups(_tokens_at_once(student))
     ]
     if not parts:
         return found
@@ -119,7 +120,9 @@ def _align_group(
     student_weights: Literal["own", "teacher"],
 ) -> LayerTerms:
     """The terms of some whole sequences; their gradients go to their places in ``found``."""
-    layout, members = group.layout, group.layout.members
+    layout, members, narrow = group.layout, group.layout.members, student
+    if backend_of(student) == "torch":  # once for all ops; kernels do it in registers
+        student, teacher = accumulating(student), accumulating(teacher)
     weights = token_weights(teacher, layout.cu_seqlens)
     own = weights if student_weights == "teacher" else token_weights(student, layout.cu_seqlens)
     theirs, ours = pool(teacher, weights, members), pool(student, own, members)
@@ -134,7 +137,7 @@ def _align_group(
     if reduction != "paper":
         covered_weights = normalise_within(covered_weights, layout.cu_covered)
     tokens = None if len(covered) == len(student) else covered
-    projected = project(student, projection, teacher, covered_weights, tokens, found.hid_projection)
+    projected = project(narrow, projection, teacher, covered_weights, tokens, found.hid_projection)
     found.pool_weights[group.tokens] = own
     found.pool_mass[group.spans] = ours.mass
     found.dsa_spans[group.spans] = towards
@@ -165,23 +168,33 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, projection: Tensor, gradients: LayerGradients) -> tuple[Tensor, ...]:
-        ctx.gradients = gradients
+        ctx.layout = gradients.layout
+        ctx.save_for_backward(*gradients[2:])  # which backward lets go as soon as it has run
         dsa, normaliser, hid, finite = (term.clone() for term in gradients.terms)
         ctx.mark_non_differentiable(normaliser, finite)
         return dsa, normaliser, hid, finite
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        kept: LayerGradients = ctx.gradients
-        members, dtype = kept.layout.members, kept.hid_tokens.dtype
-        by_dsa, _, by_hid, _ = upstream
-        student = pool_gradient(kept.dsa_spans * by_dsa.to(dtype), kept.pool_weights, kept.pool_mass, members, dtype)
-        if len(kept.hid_tokens) == len(student):
-            student.addcmul_(kept.hid_tokens, by_hid.to(dtype))
-        else:
-            covered = members.on("covered", student.device)
-            student.index_add_(0, covered, kept.hid_tokens * by_hid.to(dtype))  # each token once: no order to keep
-        return student, kept.hid_projection * by_hid.to(kept.hid_projection.dtype), None
+        layout: SpanLayout = ctx.layout
+        weights, mass, dsa_spans, hid_tokens, hid_projection = ctx.saved_tensors
+        dtype = hid_tokens.dtype
+        by_dsa, by_hid = upstream[0], upstream[2].to(dtype)
+        student = hid_tokens.new_empty(layout.num_tokens, hid_tokens.shape[1])
+        for group in layout.groups(_tokens_at_once(student)):
+            rows, spans, members = student[group.tokens], group.spans, group.layout.members
+            towards = accumulating(dsa_spans[spans]) * by_dsa
+            rows.copy_(pool_gradient(towards, weights[group.tokens], mass[spans], members))
+            covered = hid_tokens[group.covered]
+            if len(covered) == len(rows):
+                rows.addcmul_(covered, by_hid)
+            else:  # each token once: there is no order to keep
+                rows.index_add_(0, members.on("covered", rows.device), covered * by_hid)
+        return student, hid_projection * by_hid.to(hid_projection.dtype), None
+
+
+def _tokens_at_once(tensor: Tensor) -> int:
+    return _GPU_TOKENS if tensor.is_cuda else _CPU_TOKENS
 
 
 def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout) -> None:

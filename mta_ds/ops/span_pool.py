@@ -57,7 +57,7 @@ class _SpanPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         weights, mass = ctx.saved_tensors
-        return pool_gradient(upstream, weights, mass, ctx.members, ctx.dtype), None, None
+        return pool_gradient(upstream, weights, mass, ctx.members).to(ctx.dtype), None, None
 
 
 def pool(hidden: Tensor, weights: Tensor, members: Membership) -> Pooled:
@@ -72,7 +72,7 @@ def pool(hidden: Tensor, weights: Tensor, members: Membership) -> Pooled:
     return Pooled(sums.mul_(_inverse(mass)[:, None]), mass)
 
 
-def pool_gradient(upstream: Tensor, weights: Tensor, mass: Tensor, members: Membership, dtype: torch.dtype) -> Tensor:
+def pool_gradient(upstream: Tensor, weights: Tensor, mass: Tensor, members: Membership) -> Tensor:
     """∂/∂hidden [n, d] of pooled states with this upstream gradient [K, d]: w_t Σ_{i∋t} upstream_i / mass_i.
 
     Each token gathers from its spans, so that the sums have one order and need no atomics.
@@ -83,9 +83,9 @@ def pool_gradient(upstream: Tensor, weights: Tensor, mass: Tensor, members: Memb
 
         names = ("token_spans", "token_offsets")
         spans, offsets = (members.on(name, upstream.device, torch.int32) for name in names)
-        return kernels.pool_gradient(scaled, weights, spans, offsets, dtype)
+        return kernels.pool_gradient(scaled, weights, spans, offsets)
     spans, offsets = (members.on(name, upstream.device) for name in ("token_spans", "token_offsets"))
-    return _bags(scaled, spans, offsets).mul_(weights[:, None]).to(dtype)
+    return _bags(scaled, spans, offsets).mul_(weights[:, None])
 
 
 def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:

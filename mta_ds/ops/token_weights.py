@@ -47,8 +47,11 @@ def _attention_received(hidden: Tensor) -> Tensor:
     length, num_features = hidden.shape
     if length <= 1:
         return hidden.new_ones(length) + 0.0 * hidden.sum(dim=1)
-    # the features are read once: their scale goes to the scores, which are fewer
-    scale = num_features**-0.25 / (hidden.std(dim=1) + STD_EPSILON)
+    # torch.std takes twenty times as long, as long as the scores
+    centred = hidden - hidden.mean(dim=1, keepdim=True)
+    deviation = torch.linalg.vector_norm(centred, dim=1) * _unbiased(num_features)
+    # the scale goes to the scores, which are fewer than the features
+    scale = num_features**-0.25 / (deviation + STD_EPSILON)
     received = hidden.new_zeros(length)
     num_rows = max(1, _BLOCK_SCORES // length)
     for first in range(0, length, num_rows):
@@ -57,3 +60,8 @@ def _attention_received(hidden: Tensor) -> Tensor:
         scores.diagonal(offset=first).fill_(-torch.inf)
         received += torch.softmax(scores, 1, out=scores).sum(dim=0)
     return received / length
+
+
+def _unbiased(num_features: int) -> float:
+    """Factor from the norm of the centred features to their Bessel-corrected deviation, which one feature has not."""
+    return (num_features - 1) ** -0.5 if num_features > 1 else float("nan")

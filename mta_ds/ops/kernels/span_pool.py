@@ -39,7 +39,7 @@ def _pool(hidden, weights, spans, states, mass, stride, num_features, FEATURES: 
 
 @triton.jit
 def _pool_gradient(scaled, weights, token_spans, token_offsets, gradient, num_features, FEATURES: tl.constexpr):
-    """``scaled`` is ∂U_i / m_i; ``gradient`` is written in its own dtype."""
+    """``scaled`` is ∂U_i / m_i."""
     token = tl.program_id(0).to(tl.int64)
     features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     inside = features < num_features
@@ -48,7 +48,7 @@ def _pool_gradient(scaled, weights, token_spans, token_offsets, gradient, num_fe
         span = tl.load(token_spans + pair).to(tl.int64)
         total += tl.load(scaled + span * num_features + features, mask=inside, other=0.0)
     total *= tl.load(weights + token)
-    tl.store(gradient + token * num_features + features, total.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + token * num_features + features, total, mask=inside)
 
 
 def pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,12 +66,10 @@ def pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> tuple[Tensor, Tensor
     return states, mass
 
 
-def pool_gradient(
-    scaled: Tensor, weights: Tensor, token_spans: Tensor, token_offsets: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """∂/∂hidden [n, d] from ``scaled`` fp32 [K, d] and each token's spans, int32."""
+def pool_gradient(scaled: Tensor, weights: Tensor, token_spans: Tensor, token_offsets: Tensor) -> Tensor:
+    """∂/∂hidden fp32 [n, d] from ``scaled`` fp32 [K, d] and each token's spans, int32."""
     num_tokens, num_features = len(weights), scaled.shape[1]
-    gradient = scaled.new_empty(num_tokens, num_features, dtype=dtype)
+    gradient = scaled.new_empty(num_tokens, num_features)
     if num_tokens:
         block = block_size(num_features, FEATURES)
         grid = (num_tokens, triton.cdiv(num_features, block))
@@ -84,19 +82,13 @@ def pool_gradient(
 
 def specialisations(width: int) -> list[Specialisation]:
     """Every compiled form for states of this width."""
-    found = []
     block = {"FEATURES": block_size(width, FEATURES)}
-    for name in ("bf16", "fp32"):
-        forward = {
-            "hidden": f"*{name}", "weights": "*fp32", "spans": "*i32", "states": "*fp32", "mass": "*fp32",
-            "stride": "i32", "num_features": "i32",
-        }  # fmt: skip
-        backward = {
-            "scaled": "*fp32", "weights": "*fp32", "token_spans": "*i32", "token_offsets": "*i32",
-            "gradient": f"*{name}", "num_features": "i32",
-        }  # fmt: skip
-        found += [
-            Specialisation(f"pool {name}", _pool, forward, block, 4, 3),
-            Specialisation(f"pool_gradient {name}", _pool_gradient, backward, block, 4, 3),
-        ]
-    return found
+    numbers = {"stride": "i32", "num_features": "i32"}
+    forward = {"weights": "*fp32", "spans": "*i32", "states": "*fp32", "mass": "*fp32", **numbers}
+    found = [
+        Specialisation(f"pool {name}", _pool, {"hidden": f"*{name}", **forward}, block, 4, 3)
+        for name in ("bf16", "fp32")
+    ]
+    pointers = {"scaled": "*fp32", "weights": "*fp32", "token_spans": "*i32", "token_offsets": "*i32"}
+    backward = pointers | {"gradient": "*fp32", "num_features": "i32"}
+    return [*found, Specialisation("pool_gradient", _pool_gradient, backward, block, 4, 3)]
