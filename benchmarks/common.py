@@ -118,10 +118,15 @@ def _receive(name: str, pipe: Connection) -> float:
 
 
 def _answer_times(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    """Build the work, then answer each request with the seconds of one call; a failure with its traceback."""
+    """Build the work, then answer each request with the seconds of a call; a failure with its traceback.
+
+    A call follows another at once, as it does in training: the first after others had the machine finds cold caches
+    and sleeping threads, and is not counted.
+    """
     try:
         work = make(*arguments)
         while pipe.recv():
+            work()
             began = time.perf_counter()
             work()
             pipe.send(time.perf_counter() - began)

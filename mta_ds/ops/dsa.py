@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_rows, check_teacher, check_together, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import beside, pairs
+from mta_ds.ops.layout import beside, cached_rows, pairs, row_blocks
 from mta_ds.ops.products import accumulating
 
 # Pairs of spans of a CPU at once: 1 MB in fp32 stays in a core's cache until its gradient is made.
@@ -86,35 +86,54 @@ def align(student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> 
         return Aligned(
             *kernels.align(student, teacher, _inverse_norm(student), _inverse_norm(teacher), omega, cu_spans)
         )
-    gradient = torch.empty_like(student)
-    sums = [_align_sequence(student[a:b], teacher[a:b], omega[a:b], gradient[a:b]) for a, b in pairs(cu_spans)]
+    gradient, along = torch.empty_like(student), torch.empty_like(omega)
+    ours, theirs = _inverse_norm(student), _inverse_norm(teacher)
+    sums = [
+        _align_sequence(_Sequence(*(each[a:b] for each in (student, teacher, ours, theirs, omega, gradient, along))))
+        for a, b in pairs(cu_spans)
+    ]
+    gradient.addcmul_(student, along[:, None], value=-1).mul_(4 * ours[:, None])
     if not sums:
         return Aligned(omega.new_zeros(0), omega.new_zeros(0), gradient)
     values, normalisers = torch.stack(sums).unbind(dim=1)
     return Aligned(values, normalisers, gradient)
 
 
-def _align_sequence(student: Tensor, teacher: Tensor, omega: Tensor, gradient: Tensor) -> Tensor:
-    """[X, Z] of one sequence; its gradient into ``gradient`` [K, d_S].
+class _Sequence(NamedTuple):
+    """One sequence's spans: states, inverse norms and weights, and where results go."""
 
-    With Û the unit rows and c_ij = 4 ω_i ω_j (cos^S_ij - cos^T_ij), ∂X/∂Û_i = Σ_j c_ij Û_j =: G_i, and through the
-    normalisation ∂X/∂U_i = (G_i - Û_i <Û_i, G_i>) / ||U_i||.
+    student: Tensor
+    teacher: Tensor
+    ours: Tensor
+    theirs: Tensor
+    omega: Tensor
+    gradient: Tensor
+    along: Tensor
+
+
+def _align_sequence(spans: _Sequence) -> Tensor:
+    """[X, Z] of one sequence; fills ``gradient`` [K, d_S] and ``along`` [K], which :func:`align` puts together.
+
+    With Û the unit rows and c_ij = ω_i ω_j (cos^S_ij - cos^T_ij), ∂X/∂Û_i = 4 Σ_j c_ij Û_j =: 4 G_i, and through the
+    normalisation ∂X/∂U_i = 4 (G_i - Û_i <Û_i, G_i>) / ||U_i|| with <Û_i, G_i> = Σ_j c_ij cos^S_ij. Norms scale pairs,
+    which are fewer than features.
     """
-    inverse = _inverse_norm(student)
-    ours, theirs = student * inverse[:, None], teacher * _inverse_norm(teacher)[:, None]
+    student, teacher, ours, theirs, omega, gradient, along = spans
     sums = omega.new_zeros(2)
-    num_rows = max(1, _BLOCK_PAIRS // max(1, len(student)))
-    for first in range(0, len(student), num_rows):
-        rows = slice(first, first + num_rows)
-        gap = torch.mm(ours[rows], ours.T).addmm_(theirs[rows], theirs.T, alpha=-1)
-        # the diagonal goes by its weight: a zero vector's cosine with itself is 0, not 1
-        pair = torch.outer(omega[rows], omega)
-        pair.diagonal(offset=first).zero_()
-        weighted = pair * gap
-        sums += torch.stack([torch.dot(weighted.view(-1), gap.view(-1)), pair.sum()])
-        towards = torch.mm(weighted.mul_(4.0), ours, out=gradient[rows])
-        towards.addcmul_(ours[rows], (ours[rows] * towards).sum(dim=1, keepdim=True), value=-1)
-        towards.mul_(inverse[rows, None])
+    for rows in row_blocks(len(student), _BLOCK_PAIRS // max(1, len(student))):
+        cosines, others = torch.mm(student[rows], student.T), torch.mm(teacher[rows], teacher.T)
+        for part in cached_rows(cosines):
+            mine = slice(rows.start + part.start, rows.start + part.stop)
+            cosine = cosines[part].mul_(ours[mine, None]).mul_(ours)
+            gap = others[part].mul_(theirs[mine, None]).mul_(theirs).neg_().add_(cosine)
+            # the diagonal goes by its weight: a zero vector's cosine with itself is 0, not 1
+            pair = torch.outer(omega[mine], omega)
+            pair.diagonal(offset=mine.start).zero_()
+            slope = pair * gap
+            sums += torch.stack([torch.dot(slope.view(-1), gap.view(-1)), pair.sum()])
+            along[mine] = (cosine * slope).sum(dim=1).mul_(ours[mine])
+            torch.mul(slope, ours, out=cosine)
+        torch.mm(cosines, student, out=gradient[rows])
     return sums
 
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mta_ds.ops.arguments import check_rows, check_teacher, check_together, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.products import accumulating, add_product, product
+from mta_ds.ops.products import accumulating, add_product, product, write_product
 
 # Tokens that are projected at once: enough for products at full speed, few beside a batch.
-_CHUNK_TOKENS = 512
+_CHUNK_TOKENS = 768
 _FULL = (torch.float32, torch.float64)
-
-
-class Projected(NamedTuple):
-    """A sum with its gradients."""
-
-    value: Tensor
-    """Σ_t w_t (1 - cos(W h_t, h^T_t))"""
-    student: Tensor
-    """[m, d_S] in the student's dtype."""
-    projection: Tensor
-    """[d_T, d_S] in the accumulating dtype."""
 
 
 def hid(student: Tensor, projection: Tensor, teacher: Tensor, token_weights: Tensor) -> Tensor:
@@ -63,10 +52,11 @@ class _Hid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, projection: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        total = torch.zeros_like(projection, dtype=accumulating(projection[:0]).dtype)
-        projected = project(student, projection, teacher, weights, None, total)
-        ctx.save_for_backward(projected.student, projected.projection.to(projection.dtype))
-        return projected.value
+        projector = Projector(projection, student.dtype, len(weights))
+        gradient = torch.empty_like(student)
+        value = projector.project(student, teacher, weights, None, gradient)
+        ctx.save_for_backward(gradient, projector.gradient().to(projection.dtype))
+        return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,30 +64,44 @@ class _Hid(torch.autograd.Function):
         return student * upstream.to(student.dtype), projection * upstream.to(projection.dtype), None, None
 
 
-@torch.no_grad()
-def project(
-    student: Tensor, projection: Tensor, teacher: Tensor, weights: Tensor, tokens: Tensor | None, total: Tensor
-) -> Projected:
-    """:func:`hid` with its gradients.
+class Projector:
+    """:func:`hid` with its gradients, over as many batches of tokens as one projection has.
 
     Args:
-        student, teacher: [n, d_S], [n, d_T].
-        weights: [m] in the accumulating dtype.
-        tokens: the rows that count, int64 [m] beside the others; None for all, m = n.
-        total: [d_T, d_S] in the accumulating dtype; the projection's gradient is added to it.
+        projection: W [d_T, d_S].
+        dtype: the student's.
+        num_tokens: about how many there will be in all; decides which algebra pays.
     """
-    gradient = student.new_empty(len(weights), student.shape[1])
-    values = torch.empty_like(weights)
-    dtype = torch.promote_types(student.dtype, projection.dtype)
-    way = _ThroughGram if gram_pays(len(weights), *projection.shape) and dtype in _FULL else _Direct
-    products = way(projection.to(dtype), total)
-    for first in range(0, len(weights), _CHUNK_TOKENS):
-        chunk = slice(first, first + _CHUNK_TOKENS)
-        rows = chunk if tokens is None else tokens[chunk]
-        values[chunk], towards = products(student[rows].to(dtype), teacher, rows, weights[chunk])
-        gradient[chunk] = towards
-    products.finish()
-    return Projected(values.sum(), gradient, total)
+
+    def __init__(self, projection: Tensor, dtype: torch.dtype, num_tokens: int) -> None:
+        self._dtype = torch.promote_types(dtype, projection.dtype)
+        way = _ThroughGram if self._dtype in _FULL and gram_pays(num_tokens, *projection.shape) else _Direct
+        self._way = way(projection.detach().to(self._dtype))
+
+    @torch.no_grad()
+    def project(
+        self, student: Tensor, teacher: Tensor, weights: Tensor, tokens: Tensor | None, gradient: Tensor
+    ) -> Tensor:
+        """Σ_t w_t (1 - cos(W h_t, h^T_t)); writes ∂/∂student [m, d_S] into ``gradient``, in the student's dtype.
+
+        Args:
+            student, teacher: [n, d_S], [n, d_T].
+            weights: [m] in the accumulating dtype.
+            tokens: the rows that count, int64 [m] beside the others; None for all, m = n.
+        """
+        values = torch.empty_like(weights)
+        num_chunks = max(1, -(-len(weights) // _CHUNK_TOKENS))
+        size = -(-len(weights) // num_chunks)
+        for first in range(0, len(weights), max(1, size)):
+            chunk = slice(first, min(first + size, len(weights)))
+            rows = chunk if tokens is None else tokens[chunk]
+            ours = student[rows].to(self._dtype)
+            values[chunk] = self._way(ours, teacher, rows, weights[chunk], gradient[chunk])
+        return values.sum()
+
+    def gradient(self) -> Tensor:
+        """∂/∂W of the sum over all batches so far, [d_T, d_S] in the accumulating dtype; call it once, at the end."""
+        return self._way.projection_gradient()
 
 
 def gram_pays(num_tokens: int, d_teacher: int, d_student: int) -> bool:
@@ -112,14 +116,16 @@ def gram_pays(num_tokens: int, d_teacher: int, d_student: int) -> bool:
 class _Direct:
     """Project up: P = h Wᵀ, and ∂/∂P back through W."""
 
-    def __init__(self, projection: Tensor, total: Tensor) -> None:
-        self._projection, self._total = projection, total
+    def __init__(self, projection: Tensor) -> None:
+        self._projection = projection
+        self._total = torch.zeros_like(projection, dtype=accumulating(projection[:0]).dtype)
+        self._buffer = self._total.new_empty(0, len(projection))
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Values [c] and gradient to the student [c, d_S] of a chunk; adds to the projection's."""
-        projected = product(student, self._projection.T)
+        self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
+    ) -> Tensor:
+        """Values [c] of a chunk; its gradient into ``gradient`` [c, d_S], the projection's is added up."""
+        projected = product(student, self._projection.T, self._room(student))
         if backend_of(student) == "triton" and student.dtype != torch.float64:
             import mta_ds.ops.kernels.hid as kernels
 
@@ -128,23 +134,36 @@ class _Direct:
             values, towards = _distances(projected, accumulating(teacher[rows]), weights)
         towards = towards.to(student.dtype)
         add_product(self._total, towards.T, student)
-        return values, product(towards, self._projection)
+        if gradient.dtype == student.dtype:
+            write_product(gradient, towards, self._projection)
+        else:
+            gradient.copy_(product(towards, self._projection))
+        return values
 
-    def finish(self) -> None:
-        """Nothing is left over."""
+    def projection_gradient(self) -> Tensor:
+        return self._total
+
+    def _room(self, student: Tensor) -> Tensor | None:
+        """Memory for the projected chunk, the same for all; a GPU's allocator does that itself."""
+        if student.is_cuda:
+            return None
+        if len(self._buffer) < len(student):
+            self._buffer = self._buffer.new_empty(len(student), self._buffer.shape[1])
+        return self._buffer[: len(student)]
 
 
 class _ThroughGram:
     """Project down: <W h, t> = <h, Wᵀ t> and ||W h||² = hᵀ (WᵀW) h, so nothing is d_T wide but the teacher."""
 
-    def __init__(self, projection: Tensor, total: Tensor) -> None:
-        self._projection, self._total = projection, total
+    def __init__(self, projection: Tensor) -> None:
+        self._projection = projection
+        self._total = torch.zeros_like(projection)
         self._gram = torch.mm(projection.T, projection)
         self._outer = torch.zeros_like(self._gram)
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
+    ) -> Tensor:
         """As :class:`_Direct`."""
         theirs = teacher[rows].to(student.dtype)
         down, through = torch.mm(theirs, self._projection), torch.mm(student, self._gram)
@@ -154,11 +173,12 @@ class _ThroughGram:
         )
         self._total.addmm_(theirs.T, student * along[:, None])
         self._outer.addmm_(student.T, student * back[:, None])
-        return values, down.mul_(along[:, None]).addcmul_(through, back[:, None])
+        gradient.copy_(down.mul_(along[:, None]).addcmul_(through, back[:, None]))
+        return values
 
-    def finish(self) -> None:
-        """Σ_t b_t W h hᵀ, once for all tokens."""
-        self._total.addmm_(self._projection, self._outer)
+    def projection_gradient(self) -> Tensor:
+        """Σ_t b_t W h hᵀ is multiplied once for all tokens."""
+        return self._total.addmm_(self._projection, self._outer)
 
 
 def _distances(projected: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

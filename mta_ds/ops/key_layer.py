@@ -19,7 +19,7 @@ from torch import Tensor
 from mta_ds.ops.arguments import check_rows, check_together
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.dsa import align
-from mta_ds.ops.hid import project
+from mta_ds.ops.hid import Projector
 from mta_ds.ops.layout import Group, SpanLayout, beside
 from mta_ds.ops.products import accumulating
 from mta_ds.ops.span_pool import normalise_within, pool, pool_gradient
@@ -28,7 +28,7 @@ from mta_ds.ops.token_weights import token_weights
 Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
 
 # Tokens that are worked on at once.
-_CPU_TOKENS = 1024
+_CPU_TOKENS = 2048
 _GPU_TOKENS = 16_384
 _TINY = 1e-30  # below any Z of two spans that weigh something
 
@@ -86,34 +86,33 @@ def align_layer(
         ValueError: shapes or devices that do not fit, or a teacher that requires grad.
     """
     _check(student, teacher, projection, layout)
-    sums = projection.new_zeros(projection.shape, dtype=accumulating(projection[:0]).dtype)
-    members, zero = layout.members, sums.new_zeros(())
+    members = layout.members
+    projector = Projector(projection, student.dtype, len(members.covered))
+    zero = accumulating(projection.new_zeros(()))
     found = LayerGradients(
-        terms=LayerTerms(zero, zero, zero, sums.new_ones(2)),
+        terms=LayerTerms(zero, zero, zero, zero.new_ones(2)),
         layout=layout,
-        pool_weights=sums.new_empty(layout.num_tokens),
-        pool_mass=sums.new_empty(len(members.spans)),
+        pool_weights=zero.new_empty(layout.num_tokens),
+        pool_mass=zero.new_empty(len(members.spans)),
         dsa_spans=student.new_empty(len(members.spans), student.shape[1]),
         hid_tokens=student.new_empty(len(members.covered), student.shape[1]),
-        hid_projection=sums,
+        hid_projection=projection,
     )
     parts = [
-        _align_group(student[group.tokens], teacher[group.tokens], projection, group, found, reduction, student_weights)
+        _align_group(student[group.tokens], teacher[group.tokens], projector, group, found, reduction, student_weights)
         for group in layout.groups(_tokens_at_once(student))
     ]
+    found = found._replace(hid_projection=projector.gradient().to(projection.dtype))
     if not parts:
         return found
     dsa, normaliser, hid, finite = (torch.stack(column) for column in zip(*parts, strict=True))
-    return found._replace(
-        terms=LayerTerms(dsa.sum(), normaliser.sum(), hid.sum(), finite.amin(dim=0)),
-        hid_projection=sums.to(projection.dtype),
-    )
+    return found._replace(terms=LayerTerms(dsa.sum(), normaliser.sum(), hid.sum(), finite.amin(dim=0)))
 
 
 def _align_group(
     student: Tensor,
     teacher: Tensor,
-    projection: Tensor,
+    projector: Projector,
     group: Group,
     found: LayerGradients,
     reduction: Reduction,
@@ -137,12 +136,11 @@ def _align_group(
     if reduction != "paper":
         covered_weights = normalise_within(covered_weights, layout.cu_covered)
     tokens = None if len(covered) == len(student) else covered
-    projected = project(narrow, projection, teacher, covered_weights, tokens, found.hid_projection)
+    hid = projector.project(narrow, teacher, covered_weights, tokens, found.hid_tokens[group.covered])
     found.pool_weights[group.tokens] = own
     found.pool_mass[group.spans] = ours.mass
     found.dsa_spans[group.spans] = towards
-    found.hid_tokens[group.covered] = projected.student
-    return LayerTerms(x.sum(), aligned.normalisers.sum(), projected.value, _finite(own, weights, x, projected.value))
+    return LayerTerms(x.sum(), aligned.normalisers.sum(), hid, _finite(own, weights, x, hid))
 
 
 def _finite(own: Tensor, weights: Tensor, x: Tensor, hid: Tensor) -> Tensor:
@@ -183,8 +181,7 @@ class _Attach(torch.autograd.Function):
         student = hid_tokens.new_empty(layout.num_tokens, hid_tokens.shape[1])
         for group in layout.groups(_tokens_at_once(student)):
             rows, spans, members = student[group.tokens], group.spans, group.layout.members
-            towards = accumulating(dsa_spans[spans]) * by_dsa
-            rows.copy_(pool_gradient(towards, weights[group.tokens], mass[spans], members))
+            rows.copy_(pool_gradient(dsa_spans[spans], weights[group.tokens], mass[spans], members, by_dsa))
             covered = hid_tokens[group.covered]
             if len(covered) == len(rows):
                 rows.addcmul_(covered, by_hid)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_spans, check_spans_within
 
+_GRAIN = 1 << 15
+_FEWEST_ROWS = 16
+
 
 class Membership:
     """Which tokens are in which span: the pairs (span, token), ordered by span and, for gradients, by token.
@@ -39,11 +42,15 @@ class Membership:
         return _offsets(self.spans[:, 1] - self.spans[:, 0])
 
     @cached_property
+    def span_owners(self) -> Tensor:
+        """int64 [pairs]: the span of each pair, span by span."""
+        return torch.repeat_interleave(torch.arange(len(self.spans)), self.spans[:, 1] - self.spans[:, 0])
+
+    @cached_property
     def span_tokens(self) -> Tensor:
         """int64 [pairs]: the token of each pair, span by span."""
-        lengths = self.spans[:, 1] - self.spans[:, 0]
-        first = torch.repeat_interleave(self.spans[:, 0] - self.span_offsets[:-1], lengths)
-        return first + torch.arange(len(first))
+        owners = self.span_owners
+        return torch.arange(len(owners)) + (self.spans[:, 0] - self.span_offsets[:-1])[owners]
 
     @cached_property
     def _by_token(self) -> Tensor:
@@ -57,8 +64,12 @@ class Membership:
     @cached_property
     def token_spans(self) -> Tensor:
         """int64 [pairs]: the span of each pair, token by token."""
-        owners = torch.repeat_interleave(torch.arange(len(self.spans)), self.spans[:, 1] - self.spans[:, 0])
-        return owners[self._by_token]
+        return self.span_owners[self._by_token]
+
+    @cached_property
+    def token_owners(self) -> Tensor:
+        """int64 [pairs]: the token of each pair, token by token."""
+        return self.span_tokens[self._by_token]
 
     @cached_property
     def covered(self) -> Tensor:
@@ -148,6 +159,23 @@ def tiles(cu: Tensor, size: int) -> Tensor:
     """The launch grid over ragged rows: int32 [tiles, 3] of (first row, segment's start, segment's end)."""
     rows = [(first, start, end) for start, end in pairs(cu) for first in range(start, end, size)]
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
+
+
+def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
+    """``num_rows`` rows, ``size`` (at least one) at a time."""
+    size = max(1, size)
+    for first in range(0, num_rows, size):
+        yield slice(first, min(first + size, num_rows))
+
+
+def cached_rows(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a CPU's matrix that one core works on from its cache, before anything wakes the others.
+
+    Torch shares out what has 32,768 elements or more, and waking sleeping threads costs more than most passes over a
+    small matrix. Wide matrices, of which that would be a few rows, go as they are.
+    """
+    fitting = (_GRAIN - 1) // max(1, matrix.shape[1])
+    yield from row_blocks(len(matrix), fitting if fitting >= _FEWEST_ROWS else len(matrix))
 
 
 def beside(host: Tensor, device: torch.device) -> Tensor:

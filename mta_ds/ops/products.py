@@ -13,19 +13,29 @@ def accumulating(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
     """a · b [m, n] in fp32 (float64 stays), whatever the factors' common dtype.
 
     A GPU adds up half-precision factors in fp32 and gives those sums; a CPU with such instructions rounds them to the
     factors' dtype at the end; any other CPU would take over a hundred times longer than in fp32, so it gets fp32.
+
+    Args:
+        buffer: fp32 [m, n] that the result may lie in: on a CPU fresh memory costs as much as a tenth of a product.
     """
     if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
+        return torch.mm(a, b, out=buffer)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if a.dtype == torch.bfloat16 and _cpu_multiplies_bf16():
-        return torch.mm(a, b).float()
-    return torch.mm(a.float(), b.float())
+    result = torch.mm(a, b) if _is_native(a) else torch.mm(a.float(), b.float(), out=buffer)
+    return result.float() if buffer is None or result is buffer else buffer.copy_(result)
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a · b, added up in fp32 and rounded once, all in one dtype."""
+    if _is_native(a):
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(product(a, b))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -33,10 +43,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(product(a, b))
+        total.add_(torch.mm(a, b) if _is_native(a) and not a.is_cuda else product(a, b))
+
+
+def _is_native(x: Tensor) -> bool:
+    """Whether the device multiplies this dtype at its full rate."""
+    return x.dtype in (torch.float32, torch.float64) or x.is_cuda or (x.dtype == torch.bfloat16 and _cpu_has_bf16())
 
 
 @cache
-def _cpu_multiplies_bf16() -> bool:
+def _cpu_has_bf16() -> bool:
     # what the processor has, not what a measurement says: results must not change from run to run
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

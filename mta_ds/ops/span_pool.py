@@ -66,26 +66,29 @@ def pool(hidden: Tensor, weights: Tensor, members: Membership) -> Pooled:
         import mta_ds.ops.kernels.span_pool as kernels
 
         return Pooled(*kernels.pool(hidden, weights, members.on("spans", hidden.device, torch.int32)))
-    tokens, offsets = (members.on(name, hidden.device) for name in ("span_tokens", "span_offsets"))
-    sums = _bags(accumulating(hidden), tokens, offsets, weights[tokens])
+    names = ("span_tokens", "span_owners", "span_offsets")
+    tokens, owners, offsets = (members.on(name, hidden.device) for name in names)
     mass = _bags(weights[:, None], tokens, offsets)[:, 0]
-    return Pooled(sums.mul_(_inverse(mass)[:, None]), mass)
+    return Pooled(_bags(accumulating(hidden), tokens, offsets, weights[tokens] * _inverse(mass)[owners]), mass)
 
 
-def pool_gradient(upstream: Tensor, weights: Tensor, mass: Tensor, members: Membership) -> Tensor:
-    """∂/∂hidden [n, d] of pooled states with this upstream gradient [K, d]: w_t Σ_{i∋t} upstream_i / mass_i.
+def pool_gradient(
+    upstream: Tensor, weights: Tensor, mass: Tensor, members: Membership, factor: Tensor | None = None
+) -> Tensor:
+    """∂/∂hidden [n, d] of pooled states with this upstream gradient [K, d]: factor · w_t Σ_{i∋t} upstream_i / mass_i.
 
     Each token gathers from its spans, so that the sums have one order and need no atomics.
     """
-    scaled = accumulating(upstream) * _inverse(mass)[:, None]
+    inverse = _inverse(mass) if factor is None else _inverse(mass) * factor
     if backend_of(upstream) == "triton" and upstream.dtype != torch.float64:
         import mta_ds.ops.kernels.span_pool as kernels
 
         names = ("token_spans", "token_offsets")
         spans, offsets = (members.on(name, upstream.device, torch.int32) for name in names)
-        return kernels.pool_gradient(scaled, weights, spans, offsets)
-    spans, offsets = (members.on(name, upstream.device) for name in ("token_spans", "token_offsets"))
-    return _bags(scaled, spans, offsets).mul_(weights[:, None])
+        return kernels.pool_gradient(upstream * inverse[:, None], weights, spans, offsets)
+    pairs = ("token_spans", "token_owners", "token_offsets")
+    spans, owners, offsets = (members.on(name, upstream.device) for name in pairs)
+    return _bags(accumulating(upstream), spans, offsets, weights[owners] * inverse[spans])
 
 
 def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:

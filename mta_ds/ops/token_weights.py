@@ -7,12 +7,13 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_rows
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import pairs
+from mta_ds.ops.layout import cached_rows, pairs, row_blocks
 from mta_ds.ops.products import accumulating
 from mta_ds.ops.reference import STD_EPSILON
 
-# Scores of a CPU at once: 1 MB in fp32 stays in a core's cache from the product to the column sums.
+# Scores of a CPU at once, 1 MB in fp32, and tokens whose deviations are found at once.
 _BLOCK_SCORES = 1 << 18
+_BLOCK_TOKENS = 1024
 
 
 @torch.no_grad()
@@ -36,32 +37,37 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         import mta_ds.ops.kernels.token_weights as kernels
 
         return kernels.token_weights(hidden, cu_seqlens)
-    weights = hidden.new_empty(len(hidden), dtype=accumulating(hidden[:0]).dtype)
+    if not len(hidden):
+        return hidden.new_empty(0, dtype=accumulating(hidden).dtype)
+    scales = torch.cat([_scales(accumulating(hidden[block])) for block in row_blocks(len(hidden), _BLOCK_TOKENS)])
+    weights = torch.empty_like(scales)
     for start, end in pairs(cu_seqlens):
-        weights[start:end] = _attention_received(accumulating(hidden[start:end]))
+        weights[start:end] = _attention_received(accumulating(hidden[start:end]), scales[start:end])
     return weights
 
 
-def _attention_received(hidden: Tensor) -> Tensor:
-    """Token weights [n] of one sequence [n, d]; a block of rows at a time, whose softmax is exact by itself."""
-    length, num_features = hidden.shape
-    if length <= 1:
-        return hidden.new_ones(length) + 0.0 * hidden.sum(dim=1)
-    # torch.std takes twenty times as long, as long as the scores
+def _scales(hidden: Tensor) -> Tensor:
+    """d^-¼ / (std(H_t) + 1e-5) of each token [n]; two of them scale a score, which are fewer than features."""
+    num_features = hidden.shape[1]
+    # torch.std takes twenty times as long, as long as the scores; a single feature has no deviation
     centred = hidden - hidden.mean(dim=1, keepdim=True)
-    deviation = torch.linalg.vector_norm(centred, dim=1) * _unbiased(num_features)
-    # the scale goes to the scores, which are fewer than the features
-    scale = num_features**-0.25 / (deviation + STD_EPSILON)
-    received = hidden.new_zeros(length)
-    num_rows = max(1, _BLOCK_SCORES // length)
-    for first in range(0, length, num_rows):
-        rows = slice(first, first + num_rows)
-        scores = torch.mm(hidden[rows], hidden.T).mul_(scale[rows, None]).mul_(scale)
-        scores.diagonal(offset=first).fill_(-torch.inf)
-        received += torch.softmax(scores, 1, out=scores).sum(dim=0)
+    unbiased = (num_features - 1) ** -0.5 if num_features > 1 else float("nan")
+    deviation = torch.linalg.vector_norm(centred, dim=1) * unbiased
+    return (deviation + STD_EPSILON).reciprocal_().mul_(num_features**-0.25)
+
+
+def _attention_received(hidden: Tensor, scales: Tensor) -> Tensor:
+    """Token weights [n] of one sequence [n, d]; a block of rows at a time, whose softmax is exact by itself."""
+    length = len(hidden)
+    if length <= 1:
+        return torch.ones_like(scales) + 0.0 * scales
+    received = torch.zeros_like(scales)
+    for rows in row_blocks(length, _BLOCK_SCORES // length):
+        block = torch.mm(hidden[rows], hidden.T)
+        block.diagonal(offset=rows.start).fill_(-torch.inf)
+        for part in cached_rows(block):
+            scores = block[part].mul_(scales[rows][part, None]).mul_(scales)
+            # the softmax by hand: torch's wakes all cores whatever the size
+            shares = scores.sub_(scores.amax(dim=1, keepdim=True)).exp_()
+            received += shares.div_(shares.sum(dim=1, keepdim=True)).sum(dim=0)
     return received / length
-
-
-def _unbiased(num_features: int) -> float:
-    """Factor from the norm of the centred features to their Bessel-corrected deviation, which one feature has not."""
-    return (num_features - 1) ** -0.5 if num_features > 1 else float("nan")

@@ -32,7 +32,8 @@ def random_omega(counts=COUNTS):
 @pytest.mark.parametrize("widths", [(1, 3), (20, 50), (70, 40)], ids=str)
 def test_equals_the_reference(backend, dtype, widths):
     student, teacher = (random(sum(COUNTS), d, seed=d, dtype=dtype) for d in widths)
-    check(student, teacher, random_omega())
+    # the gradient of a single feature is what is left of a cancellation
+    check(student, teacher, random_omega(), tolerance=(2e-5, 1e-5) if dtype == torch.float32 else None)
 
 
 def test_many_spans_go_in_blocks(monkeypatch):
