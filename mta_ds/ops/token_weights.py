@@ -53,7 +53,8 @@ def _scales(hidden: Tensor) -> Tensor:
     centred = hidden - hidden.mean(dim=1, keepdim=True)
     unbiased = (num_features - 1) ** -0.5 if num_features > 1 else float("nan")
     deviation = torch.linalg.vector_norm(centred, dim=1) * unbiased
-    return (deviation + STD_EPSILON).reciprocal_().mul_(num_features**-0.25)
+    scales: Tensor = (deviation + STD_EPSILON).reciprocal_().mul_(num_features**-0.25)
+    return scales
 
 
 def _attention_received(hidden: Tensor, scales: Tensor) -> Tensor:
