@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import read_metrics, run_command, write_config
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -179,6 +181,17 @@ def test_teacher_cut_after_its_last_key_layer_gives_the_same_alignment(pair: Pat
         first.append(next(row for row in metrics if "loss" in row))
     for key in ("dsa/1", "hid/1", "dsa/2", "hid/2"):
         assert first[0][key] == first[1][key] != 0
+
+
+def test_a_state_that_is_not_finite_is_named(pair: Path, tmp_path: Path) -> None:
+    teacher = shutil.copytree(pair / "teacher", tmp_path / "teacher")
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.layers.4.mlp.down_proj.weight"][3, 3] = torch.nan
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    path = write_config(pair, tmp_path / "run", teacher__path=str(teacher))
+    done = run_command("train", path, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step 1: NaN or Inf in the hidden state of layer 6 of the teacher" in done.stderr
 
 
 def test_export_reloads_with_equal_logits_and_tied_weights(pair: Path, one_rank) -> None:
