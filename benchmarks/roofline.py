@@ -93,10 +93,10 @@ def structural_costs(pair: Pair) -> Iterator[Cost]:
     yield Cost("dsa", 0, grams, tiles)
     weights = pair.teacher_width * pair.student_width
     # projected up; its gradient back down and to the projection. The projected chunk is written and read in fp32 and
-    # its gradient in bf16, twice; the projection's gradient is added to in fp32 once a chunk of 1,024 tokens
+    # its gradient in bf16, twice; the projection's gradient is added to in fp32 once a chunk of 4,096 tokens
     products = 3 * 2 * NUM_TOKENS * weights
     moved = NUM_TOKENS * (3 * pair.student_width * BF16 + pair.teacher_width * (2 * BF16 + 3 * FP32 + 3 * BF16))
-    moved += NUM_TOKENS / 1024 * weights * (2 * BF16 + 2 * FP32)
+    moved += NUM_TOKENS / 4096 * weights * (2 * BF16 + 2 * FP32)
     yield Cost("hid", KEY_LAYERS * products, 0, KEY_LAYERS * moved)
 
 

@@ -36,13 +36,13 @@ def inputs(num_tokens, d_student, d_teacher, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 63, 64, 65, 257])
 def test_equals_the_reference(backend, monkeypatch, dtype, num_tokens):
-    monkeypatch.setattr(op, "_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(op, "_CPU_TOKENS", 64)
     check(*inputs(num_tokens, 20, 50, dtype))
 
 
 @pytest.mark.parametrize("num_tokens", [2, 130])
 def test_projecting_the_teacher_down_gives_the_same(monkeypatch, num_tokens):
-    monkeypatch.setattr(op, "_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(op, "_CPU_TOKENS", 64)
     monkeypatch.setattr(op, "gram_pays", lambda *sizes: True)
     check(*inputs(num_tokens, 6, 40))
 
@@ -80,7 +80,7 @@ def test_the_projected_tensor_is_never_whole():
     student, projection, teacher, weights = inputs(4096, 8, 400)
     with Largest() as seen:
         hid(student.requires_grad_(), projection.requires_grad_(), teacher, weights).backward()
-    assert seen.elements <= op._CHUNK_TOKENS * 400
+    assert seen.elements <= op._CPU_TOKENS * 400
 
 
 def test_wrong_arguments_are_named():
