@@ -86,10 +86,14 @@ def parse(
     num_shards: Annotated[int | None, typer.Option(min=1, help="Parts of the store.")] = None,
     shard_index: Annotated[int | None, typer.Option(min=0, help="Parse this part only, as a job array does.")] = None,
     max_reject_share: Annotated[float | None, typer.Option(min=0, max=1, help="Share of bad rows allowed.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes, a core each; all cores unless given.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="Say what the store in --output lacks, and stop.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Only write the manifest of complete parts.")] = False,
 ) -> None:
     """Parse every text field once into a span store; a rerun makes only the parts that are missing."""
+    from mta_ds.spans.merge import status as store_status
+    from mta_ds.spans.parse import merge_only, resolve_config
     from mta_ds.spans.parse import parse as run
-    from mta_ds.spans.parse import resolve_config
 
     options = {
         "inputs": inputs or None,
@@ -97,8 +101,16 @@ def parse(
         "parser": parser,
         "num_shards": num_shards,
         "max_reject_share": max_reject_share,
+        "workers": workers,
     }
-    manifest = run(resolve_config(config, overrides or (), options), shard_index)
+    if status and config is None and output is not None:
+        print(store_status(output))
+        return
+    resolved = resolve_config(config, overrides or (), options)
+    if status:
+        print(store_status(resolved.output))
+        return
+    manifest = merge_only(resolved) if merge else run(resolved, shard_index)
     if manifest is None:
         print("this part is done; others are missing")
     else:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -45,7 +45,7 @@ def merge(output: Path, inputs: Sequence[str], num_shards: int, max_reject_share
     _refuse_many_rejects(output, counts, max_reject_share)
     if counts.records == 0:
         raise UserError(f"{', '.join(inputs)}: no records")
-    identity = json.loads((output / "store.json").read_text(encoding="utf-8"))
+    identity = read_identity(output)
     manifest = Manifest(parts=tuple(parts), counts=counts, **identity)
     path, text = output / "manifest.json", manifest.model_dump_json(indent=1) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -64,6 +64,48 @@ def complete_part(output: Path, index: int, num_shards: int) -> Part | None:
         return None
     check_part(output, part, full=False)
     return part
+
+
+def read_identity(output: Path) -> dict[str, Any]:
+    """What a store is made of, as its first task wrote it down.
+
+    Raises:
+        UserError: there is no store, or what it says is damaged.
+    """
+    path = output / "store.json"
+    try:
+        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        identity["num_shards"] = int(identity["num_shards"])
+    except FileNotFoundError:
+        raise UserError(f"{output}: no span store; 'mta-ds parse' makes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; remove the folder and parse again") from None
+    return identity
+
+
+def missing_parts(output: Path) -> str:
+    """Which parts a store lacks, in one line that a job array's ``--array`` understands."""
+    num_shards = read_identity(output)["num_shards"]
+    missing = [i for i in range(num_shards) if complete_part(output, i, num_shards) is None]
+    if not missing:
+        return f"all {num_shards} parts are there"
+    return f"{len(missing)} of {num_shards} parts are missing: {','.join(map(str, missing))}"
+
+
+def status(output: Path) -> str:
+    """The state of a store in a few lines: parts, manifest, counts, bad rows.
+
+    Raises:
+        UserError: there is no store, or a part that was complete is damaged.
+    """
+    lines = [missing_parts(output)]
+    num_shards = read_identity(output)["num_shards"]
+    parts = [part for i in range(num_shards) if (part := complete_part(output, i, num_shards)) is not None]
+    counts = sum((part.counts for part in parts), Counts())
+    is_whole = (output / "manifest.json").is_file()
+    lines.append("the manifest is written" if is_whole else "no manifest yet: a store without one is not read")
+    lines.append("so far " + ", ".join(f"{number} {name}" for name, number in counts if number))
+    return "\n".join(lines)
 
 
 @contextmanager

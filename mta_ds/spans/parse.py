@@ -11,43 +11,44 @@ import hashlib
 import json
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
+from pydantic import Field as Setting
 
 from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
 from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.spans.merge import complete_part, merge, reject_log
-from mta_ds.spans.parser import Constituent, Parse, Parser, Sentence, load_parser
-from mta_ds.spans.records import Record, Reject, input_files, read_records, text_hash
-from mta_ds.spans.segment import Segment, segment, split_to_fit
+from mta_ds.spans.merge import complete_part, merge, missing_parts, read_identity, reject_log
+from mta_ds.spans.parser import load_parser
+from mta_ds.spans.pool import Parsing, open_pool
+from mta_ds.spans.records import Record, Reject, input_files, read_records
+from mta_ds.spans.rows import Field, Parsed, batches
 from mta_ds.spans.store import ROWS_PER_GROUP, SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, part_name
 
-# What goes through the parser at once, and what is held until it is written: bounds memory whatever the texts' length.
-_ROWS_AT_ONCE = 512
-_WORDS_AT_ONCE = 20_000
+# Words that are held until they are written: bounds memory whatever the texts' length.
 _WORDS_PER_GROUP = 250_000
-_CACHED_SENTENCES = 10_000
 
 
 class ParseConfig(Section):
     """What is parsed, by which parser, into which store."""
 
-    inputs: tuple[str, ...] = Field(min_length=1)
+    inputs: tuple[str, ...] = Setting(min_length=1)
     """Files, folders, globs or ``datasets`` names."""
     output: Path
     """The store's folder."""
     parser: str | None = None
     """A Benepar model's path; the bundled model unless given; "none" for words without constituents."""
-    num_shards: int = Field(default=1, ge=1)
-    max_reject_share: float = Field(default=0.0, ge=0, le=1)
+    num_shards: int = Setting(default=1, ge=1)
+    max_reject_share: float = Setting(default=0.0, ge=0, le=1)
     """Share of bad rows above which the stage fails."""
+    workers: int | None = Setting(default=None, ge=1)
+    """Processes that parse, one core each; as many as there are cores unless given. The store's bytes are the same."""
 
 
 class _File(Section):
@@ -70,20 +71,6 @@ def resolve_config(path: Path | None, overrides: Sequence[str], options: Mapping
     return validate(base.model_dump() | given, ParseConfig, where=str(path))
 
 
-class _Row(NamedTuple):
-    """One field of one record on its way through the parser."""
-
-    record_id: str
-    field: str
-    text: str
-    parts: list[tuple[Segment, bool]]
-    """Its sentences in order, and whether the parser takes each."""
-
-    @property
-    def num_words(self) -> int:
-        return sum(len(part.ranges) for part, _ in self.parts)
-
-
 def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | None:
     """Parse the shards that are missing, or only ``shard_index``; merge if that completes the store.
 
@@ -102,10 +89,25 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
     parser = load_parser(config.parser)
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
     _claim_store(config, info)
-    for index in range(config.num_shards) if shard_index is None else (shard_index,):
-        if complete_part(config.output, index, config.num_shards) is None:
-            _parse_shard(config, parser, info, index)
+    wanted = range(config.num_shards) if shard_index is None else (shard_index,)
+    missing = [i for i in wanted if complete_part(config.output, i, config.num_shards) is None]
+    with open_pool(parser, config.parser, config.workers) as pool:
+        for index in missing:
+            _parse_shard(config, pool, info, index)
     return merge(config.output, config.inputs, config.num_shards, config.max_reject_share)
+
+
+def merge_only(config: ParseConfig) -> Manifest:
+    """Write the manifest of a store whose parts are all there, without a parser.
+
+    Raises:
+        UserError: there is no store, parts are missing, one is damaged, or too many rows are bad.
+    """
+    num_shards = read_identity(config.output)["num_shards"]
+    manifest = merge(config.output, config.inputs, num_shards, config.max_reject_share)
+    if manifest is None:
+        raise UserError(f"{config.output}: {missing_parts(config.output)}; nothing to merge yet")
+    return manifest
 
 
 def _refuse_output_in_input(config: ParseConfig) -> None:
@@ -159,7 +161,7 @@ def _fingerprint_inputs(inputs: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def _parse_shard(config: ParseConfig, parser: Parser, info: ParserInfo, index: int) -> None:
+def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: int) -> None:
     name = part_name(index, config.num_shards)
     path = config.output / f"{name}.parquet"
     metadata = {"mta_ds.schema_version": str(SCHEMA_VERSION), "mta_ds.parser": info.model_dump_json()}
@@ -173,9 +175,9 @@ def _parse_shard(config: ParseConfig, parser: Parser, info: ParserInfo, index: i
             atomic_path(path) as temporary,
             pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
-            rows = _rows(progress.count(records), parser, reject, tally)
-            for table in _row_groups(rows, _Sentences(parser), tally, schema):
-                writer.write_table(table)
+            parsed = pool.map(batches(_fields(progress.count(records), reject, tally)))
+            for table in _row_groups(parsed, tally):
+                writer.write_table(table.replace_schema_metadata(metadata))
         part = Part(file=path.name, rows=tally["fields"], sha256=sha256(path), counts=Counts(**tally))
         write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
     except OSError as error:
@@ -184,140 +186,32 @@ def _parse_shard(config: ParseConfig, parser: Parser, info: ParserInfo, index: i
         progress.close()
 
 
-def _rows(
-    records: Iterator[Record | Reject], parser: Parser, reject: Callable[[Reject], None], tally: Counter[str]
-) -> Iterator[_Row]:
-    """One row a field, its sentences cut to what the parser takes."""
+def _fields(
+    records: Iterator[Record | Reject], reject: Callable[[Reject], None], tally: Counter[str]
+) -> Iterator[Field]:
     for record in records:
         if isinstance(record, Reject):
             tally["rejects"] += 1
             reject(record)
             continue
         tally["records"] += 1
-        for field, text in record.fields.items():
-            tally["fields"] += 1
-            parts: list[tuple[Segment, bool]] = []
-            for whole in segment(text):
-                pieces = split_to_fit(whole, parser.fits)
-                tally["split"] += len(pieces) > 1
-                tally["unparsed"] += sum(not fits for _, fits in pieces)
-                parts += pieces
-            yield _Row(record.id, field, text, parts)
+        yield from (Field(record.id, name, text) for name, text in record.fields.items())
 
 
-def _row_groups(
-    rows: Iterator[_Row], sentences: _Sentences, tally: Counter[str], schema: pa.Schema
-) -> Iterator[pa.Table]:
-    """Tables of a row group each, parsed in smaller batches."""
+def _row_groups(parsed: Iterator[Parsed], tally: Counter[str]) -> Iterator[pa.Table]:
+    """Tables of a row group each."""
     tables: list[pa.Table] = []
     num_rows = num_words = 0
-    for batch in _batches(rows):
-        tables.append(_to_table(batch, sentences, tally, schema))
-        num_rows += len(batch)
-        num_words += sum(row.num_words for row in batch)
+    for table, counts in parsed:
+        tally.update(counts)
+        tables.append(table)
+        num_rows += len(table)
+        num_words += counts["words"]
         if num_rows >= ROWS_PER_GROUP or num_words >= _WORDS_PER_GROUP:
             yield pa.concat_tables(tables).combine_chunks()
             tables, num_rows, num_words = [], 0, 0
     if tables:
         yield pa.concat_tables(tables).combine_chunks()
-
-
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
-    num_words = 0
-    for row in rows:
-        batch.append(row)
-        num_words += row.num_words
-        if len(batch) == _ROWS_AT_ONCE or num_words >= _WORDS_AT_ONCE:
-            yield batch
-            batch, num_words = [], 0
-    if batch:
-        yield batch
-
-
-class _Sentences:
-    """Parses each distinct sentence once, as far as a bounded memory of them reaches."""
-
-    def __init__(self, parser: Parser) -> None:
-        self._parser = parser
-        self._known: OrderedDict[Sentence, Parse] = OrderedDict()
-
-    def parse(self, sentences: list[Sentence]) -> list[Parse]:
-        new = list(dict.fromkeys(s for s in sentences if s not in self._known))
-        self._known.update(zip(new, self._parser.parse(new), strict=True))
-        parses = [self._known[s] for s in sentences]
-        while len(self._known) > _CACHED_SENTENCES:
-            self._known.popitem(last=False)
-        return parses
-
-
-class _Columns:
-    """The store's list columns, flat, as they grow row by row."""
-
-    def __init__(self) -> None:
-        self.offsets: dict[str, list[int]] = {name: [0] for name in ("sentences", "words", "constituents")}
-        self.bounds: list[int] = []
-        self.words: list[tuple[int, int]] = []
-        self.tags: list[str] = []
-        self.constituents: list[Constituent] = []
-
-    def add(self, parts: Iterable[tuple[Segment, Parse]]) -> None:
-        """Append one row; word numbers of sentences become word numbers of the field."""
-        first_word = len(self.words)
-        self.bounds.append(0)
-        for part, found in parts:
-            base = len(self.words) - first_word
-            self.constituents += (
-                c._replace(start_word=c.start_word + base, end_word=c.end_word + base) if base else c
-                for c in found.constituents
-            )
-            self.words += part.ranges
-            self.tags += found.tags
-            self.bounds.append(len(self.words) - first_word)
-        self.offsets["sentences"].append(len(self.bounds))
-        self.offsets["words"].append(len(self.words))
-        self.offsets["constituents"].append(len(self.constituents))
-
-    def arrays(self) -> dict[str, pa.Array]:
-        """The columns by name, in the schema's types."""
-        return {
-            "sentences": self._lists("sentences", pa.array(self.bounds, pa.int32())),
-            "words": self._lists("words", self._structs("words", self.words)),
-            "tags": self._lists("words", pa.array(self.tags, pa.string())),
-            "constituents": self._lists("constituents", self._structs("constituents", self.constituents)),
-        }
-
-    def _lists(self, offsets: str, values: pa.Array) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(self.offsets[offsets], pa.int32()), values)
-
-    @staticmethod
-    def _structs(name: str, rows: Sequence[tuple[Any, ...]]) -> pa.Array:
-        fields = list(SCHEMA.field(name).type.value_type)
-        columns = zip(*rows, strict=True) if rows else ((),) * len(fields)
-        return pa.StructArray.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)], fields=fields
-        )
-
-
-def _to_table(batch: list[_Row], sentences: _Sentences, tally: Counter[str], schema: pa.Schema) -> pa.Table:
-    """Parse a batch of rows, across records, and lay them out by the store's schema."""
-    parses = iter(sentences.parse([part.sentence for row in batch for part, fits in row.parts if fits]))
-    columns = _Columns()
-    for row in batch:
-        columns.add((part, next(parses) if fits else Parse(("",) * len(part.ranges), ())) for part, fits in row.parts)
-    tally.update(
-        sentences=sum(len(row.parts) for row in batch),
-        words=len(columns.words),
-        constituents=len(columns.constituents),
-    )
-    arrays = {
-        "record_id": pa.array([row.record_id for row in batch], pa.string()),
-        "field": pa.array([row.field for row in batch], pa.string()),
-        "text_hash": pa.array([text_hash(row.text) for row in batch], pa.binary(16)),
-        "num_chars": pa.array([len(row.text) for row in batch], pa.int32()),
-        **columns.arrays(),
-    }
-    return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
 
 class _Progress:

@@ -16,6 +16,7 @@ import pytest
 
 from mta_ds.errors import UsageError, UserError
 from mta_ds.spans import parse as module
+from mta_ds.spans import rows as rows_module
 from mta_ds.spans.parse import ParseConfig, parse, resolve_config
 from mta_ds.spans.parser import BUNDLED, Constituent, Parse, Sentence
 from mta_ds.spans.store import Manifest, SpanStore
@@ -60,6 +61,8 @@ class RightBranching:
 def parser(monkeypatch: pytest.MonkeyPatch) -> RightBranching:
     instance = RightBranching()
     monkeypatch.setattr(module, "load_parser", lambda spec: instance)
+    # this parser is in this process only
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     return instance
 
 
@@ -116,18 +119,8 @@ def test_long_sentences_are_split_and_odd_words_get_no_constituents(tmp_path: Pa
 
 def test_each_distinct_sentence_is_parsed_once(tmp_path: Path, parser: RightBranching) -> None:
     source = write(tmp_path / "a.jsonl", [{"id": str(i), "text": "Same here. Same here."} for i in range(1500)])
-    parse(ParseConfig(inputs=(source,), output=tmp_path / "s"))
-    assert len(parser.parsed) == 1
-
-
-def test_memory_of_sentences_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CACHED_SENTENCES", 3)
-    instance = RightBranching()
-    known = module._Sentences(instance)
-    sentences = [Sentence((str(i),), (True,)) for i in range(10)]
-    assert len(known.parse(sentences)) == 10
-    known.parse(sentences)
-    assert len(instance.parsed) == 17
+    parse(ParseConfig(inputs=(source,), output=tmp_path / "s", workers=1))
+    assert len(parser.parsed) == -(-1500 // rows_module.FIELDS_AT_ONCE)  # once a unit of work
 
 
 def test_shards_hold_the_same_rows_as_one(tmp_path: Path, parser: RightBranching) -> None:
@@ -146,7 +139,7 @@ def test_small_batches_and_row_groups_change_no_row(
 ) -> None:
     source = write(tmp_path / "a.jsonl", records(25))
     parse(ParseConfig(inputs=(source,), output=tmp_path / "large"))
-    monkeypatch.setattr(module, "_WORDS_AT_ONCE", 30)
+    monkeypatch.setattr(rows_module, "CHARS_AT_ONCE", 150)
     monkeypatch.setattr(module, "_WORDS_PER_GROUP", 100)
     parse(ParseConfig(inputs=(source,), output=tmp_path / "small"))
     assert pq.ParquetFile(tmp_path / "small" / "part-00000-of-00001.parquet").num_row_groups > 3
@@ -268,7 +261,7 @@ def _parse_slowly(config: ParseConfig) -> None:
 def test_killed_at_random_moments_then_resumed_gives_the_same_bytes(
     tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 4)
     source = write(tmp_path / "a.jsonl", [*records(30), "bad\n"])
     config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=3, max_reject_share=0.5)
     parse(config.model_copy(update={"output": tmp_path / "whole"}))

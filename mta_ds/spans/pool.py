@@ -1,0 +1,231 @@
+"""Processes that parse: units of work in, rows of the store's schema out, in order; for the stage and for rollouts.
+
+Each worker owns a parser and one core. A worker ends when its pipe does, so none outlives a parent that was killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+
+from mta_ds.errors import UserError
+from mta_ds.spans.parser import Parser, load_parser
+from mta_ds.spans.rows import Field, Parsed, parse_fields
+
+# Units that a worker has at hand while it parses another: it never waits for the reader.
+_AHEAD = 2
+_SECONDS_TO_END = 5.0
+
+
+class Parsing(Protocol):
+    """What turns units of work into rows."""
+
+    def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
+        """One result a unit, in their order; reads only a few units ahead of what is taken."""
+
+
+@contextmanager
+def open_pool(parser: Parser, spec: str | None, workers: int | None) -> Iterator[Parsing]:
+    """Parse in this process or in several; a short input never starts any.
+
+    Args:
+        parser: what this process would parse with.
+        spec: how a worker loads the same.
+        workers: processes; None: one for each core that this process may use.
+    """
+    num_workers = workers or len(os.sched_getaffinity(0))
+    pool = _Lazy(parser, spec, num_workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+class _Lazy:
+    """This process' own parser until there is more work than starting workers would take."""
+
+    def __init__(self, parser: Parser, spec: str | None, num_workers: int) -> None:
+        self._parser, self._spec, self._num_workers = parser, spec, num_workers
+        self._pool: ParserPool | None = None
+
+    def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
+        units = iter(units)
+        if self._num_workers == 1:
+            yield from map(self._parse, units)
+            return
+        if self._pool is None:
+            first = list(islice(units, 2 * self._num_workers))
+            if len(first) < 2 * self._num_workers:
+                yield from map(self._parse, first)
+                return
+            self._pool = ParserPool(self._spec, self._num_workers)
+            units = chain(first, units)
+        yield from self._pool.map(units)
+
+    def _parse(self, fields: Sequence[Field]) -> Parsed:
+        with _one_thread():
+            return parse_fields(fields, self._parser)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+class ParserPool:
+    """Worker processes behind a queue with back-pressure.
+
+    ``submit`` gives a ticket at once, or waits while all workers have enough to do; ``result`` waits for that ticket's
+    rows. Tickets may be asked for in any order.
+
+    Raises (all methods):
+        UserError: a worker was killed, or could not load the parser.
+    """
+
+    def __init__(self, spec: str | None, num_workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
+        self._results: dict[int, Parsed] = {}
+        self._next = 0
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, spec), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, ours))
+
+    def submit(self, fields: Sequence[Field]) -> int:
+        """Queue one unit of work."""
+        while (worker := min(self._workers, key=lambda each: len(each.tickets))).is_full:
+            self._receive()
+        ticket, self._next = self._next, self._next + 1
+        worker.send(ticket, list(fields))
+        return ticket
+
+    def result(self, ticket: int) -> Parsed:
+        """The rows of a unit, once."""
+        while ticket not in self._results:
+            self._receive()
+        return self._results.pop(ticket)
+
+    def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
+        """One result a unit, in their order."""
+        tickets: deque[int] = deque()
+        for fields in units:
+            tickets.append(self.submit(fields))
+            # a slow unit at the front holds back its successors' rows, not without end
+            while tickets and (tickets[0] in self._results or len(tickets) > 4 * _AHEAD * len(self._workers)):
+                yield self.result(tickets.popleft())
+        while tickets:
+            yield self.result(tickets.popleft())
+
+    def close(self) -> None:
+        """End all workers; what is not done is dropped."""
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(_SECONDS_TO_END)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers = []
+
+    def __enter__(self) -> ParserPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _receive(self) -> None:
+        """Take what workers have sent; waits for one of them."""
+        by_pipe = {worker.pipe: worker for worker in self._workers}
+        for pipe in wait(list(by_pipe)):
+            assert isinstance(pipe, Connection)
+            ticket, parsed = by_pipe[pipe].receive()
+            self._results[ticket] = parsed
+
+
+class _Worker:
+    """One process, its pipe, and the tickets it has."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
+        self.process, self.pipe = process, pipe
+        self.tickets: deque[int] = deque()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.tickets) >= _AHEAD
+
+    def send(self, ticket: int, fields: list[Field]) -> None:
+        self.tickets.append(ticket)
+        try:
+            self.pipe.send(fields)
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self) -> tuple[int, Parsed]:
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, str):
+            raise RuntimeError(f"a parser worker failed:\n{answer}")
+        return self.tickets.popleft(), answer
+
+    def _lost(self) -> UserError:
+        self.process.join(_SECONDS_TO_END)
+        code = self.process.exitcode
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        return UserError(
+            f"a parser worker ended {how}; was it out of memory? Run the same command again, with fewer --workers"
+        )
+
+
+def _work(pipe: Connection, spec: str | None) -> None:
+    """A worker: units from a thread that always reads, so that a parent never waits to hand one over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    torch.set_num_threads(1)
+    units: SimpleQueue[list[Field] | None] = SimpleQueue()
+    threading.Thread(target=_read, args=(pipe, units), daemon=True).start()
+    try:
+        parser = load_parser(spec)
+        while (fields := units.get()) is not None:
+            pipe.send(parse_fields(fields, parser))
+    except UserError as error:
+        pipe.send(error)
+    except OSError:
+        return  # nobody is there any more
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+def _read(pipe: Connection, units: SimpleQueue[list[Field] | None]) -> None:
+    try:
+        while True:
+            units.put(pipe.recv())
+    except (EOFError, OSError):
+        units.put(None)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: products shared out over threads may differ in their last digit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,141 @@
+"""Workers for real: the bundled parser in processes of their own, killed and orphaned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mta_ds.errors import UserError
+from mta_ds.spans import rows as rows_module
+from mta_ds.spans.merge import status
+from mta_ds.spans.parse import ParseConfig, merge_only, parse
+from mta_ds.spans.parser import load_parser
+from mta_ds.spans.pool import ParserPool
+from mta_ds.spans.rows import Field, batches, parse_fields
+
+TEXTS = ["The old man reads a book. It rains, and she stays.", "A cat sat on the mat!", "\0 \u200b x", ""]
+
+
+def fields(n: int) -> list[Field]:
+    return [Field(f"r{i}", "text", f"{TEXTS[i % len(TEXTS)]} Number {i} goes home.") for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ParserPool(None, 2) as pool:
+        yield pool
+
+
+def test_rows_are_those_of_this_process_in_the_order_of_units(pool: ParserPool) -> None:
+    units = [fields(60)[i : i + 7] for i in range(0, 60, 7)]
+    parser = load_parser(None)
+    for unit, parsed in zip(units, pool.map(iter(units)), strict=True):
+        expected = parse_fields(unit, parser)
+        assert parsed.table.equals(expected.table) and parsed.counts == expected.counts
+
+
+def test_tickets_are_asked_for_in_any_order(pool: ParserPool) -> None:
+    units = [fields(12)[i : i + 3] for i in range(0, 12, 3)]
+    tickets = [pool.submit(unit) for unit in units]
+    for ticket, unit in reversed(list(zip(tickets, units, strict=True))):
+        assert pool.result(ticket).table["record_id"].to_pylist() == [field.record_id for field in unit]
+
+
+def test_map_reads_only_a_few_units_ahead(pool: ParserPool) -> None:
+    taken = 0
+
+    def units():
+        nonlocal taken
+        for field in fields(200):
+            taken += 1
+            yield [field]
+
+    results = pool.map(units())
+    next(results)
+    assert taken < 40
+    assert sum(1 for _ in results) == 199
+
+
+def test_a_killed_worker_is_one_clear_line() -> None:
+    with ParserPool(None, 2) as pool:
+        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"a parser worker ended by signal 9; .*fewer --workers"):
+            list(pool.map([field] for field in fields(20)))
+
+
+def test_a_parser_that_cannot_be_loaded_is_the_workers_own_line(tmp_path: Path) -> None:
+    with ParserPool(str(tmp_path / "none"), 1) as pool, pytest.raises(UserError, match="no such file or folder"):
+        pool.result(pool.submit(fields(1)))
+
+
+def test_no_worker_outlives_a_parent_that_was_killed() -> None:
+    code = (
+        "import time\nfrom mta_ds.spans.pool import ParserPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ParserPool('none', 2)\n"
+        "    print(*(worker.process.pid for worker in pool._workers), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_bytes_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 5)
+    source = tmp_path / "a.jsonl"
+    lines = [json.dumps({"id": field.record_id, "text": field.text}) for field in fields(80)]
+    source.write_text("\n".join([*lines, "bad"]) + "\n")
+    stores = []
+    for workers in (1, 2, 3):
+        output = tmp_path / str(workers)
+        config = ParseConfig(inputs=(str(source),), output=output, num_shards=2, workers=workers, max_reject_share=0.5)
+        parse(config)
+        stores.append({path.name: path.read_bytes() for path in output.iterdir() if path.is_file()})
+    assert stores[0] == stores[1] == stores[2]
+
+
+def test_status_and_merge(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"id": f.record_id, "text": f.text}) + "\n" for f in fields(9)))
+    config = ParseConfig(inputs=(str(source),), output=tmp_path / "s", num_shards=3, parser="none")
+    with pytest.raises(UserError, match="no span store"):
+        status(config.output)
+    parse(config, 1)
+    assert "2 of 3 parts are missing: 0,2" in status(config.output)
+    with pytest.raises(UserError, match=r"2 of 3 parts are missing: 0,2; nothing to merge yet"):
+        merge_only(config)
+    parse(config, 0)
+    parse(config, 2)
+    (config.output / "manifest.json").unlink()
+    assert "all 3 parts are there\nno manifest yet" in status(config.output)
+    assert merge_only(config).counts.records == 9
+    assert "the manifest is written" in status(config.output)
+
+
+def test_units_of_work_are_cut_by_texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 4)
+    monkeypatch.setattr(rows_module, "CHARS_AT_ONCE", 100)
+    units = list(batches([Field("a", "text", "x" * n) for n in (10, 10, 10, 10, 60, 60, 200, 1)]))
+    assert [len(unit) for unit in units] == [4, 2, 1, 1]
