@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_rows, check_teacher, check_together, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import beside, cached_rows, pairs, row_blocks
+from mta_ds.ops.layout import beside, row_blocks, runs
 from mta_ds.ops.products import accumulating
 
 # Pairs of spans of a CPU at once: 1 MB in fp32 stays in a core's cache until its gradient is made.
@@ -88,19 +88,17 @@ def align(student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> 
         )
     gradient, along = torch.empty_like(student), torch.empty_like(omega)
     ours, theirs = _inverse_norm(student), _inverse_norm(teacher)
-    sums = [
-        _align_sequence(_Sequence(*(each[a:b] for each in (student, teacher, ours, theirs, omega, gradient, along))))
-        for a, b in pairs(cu_spans)
-    ]
+    sums = omega.new_zeros(len(cu_spans) - 1, 2)
+    for first, run in runs(cu_spans, _BLOCK_PAIRS):
+        spans = _Run(*(run.of(each) for each in (student, teacher, ours, theirs, omega, gradient, along)))
+        sums[first : first + run.num_segments] = _align_run(spans)
     gradient.addcmul_(student, along[:, None], value=-1).mul_(4 * ours[:, None])
-    if not sums:
-        return Aligned(omega.new_zeros(0), omega.new_zeros(0), gradient)
-    values, normalisers = torch.stack(sums).unbind(dim=1)
+    values, normalisers = sums.unbind(dim=1)
     return Aligned(values, normalisers, gradient)
 
 
-class _Sequence(NamedTuple):
-    """One sequence's spans: states, inverse norms and weights, and where results go."""
+class _Run(NamedTuple):
+    """c sequences of K spans each: states [c, K, d], inverse norms and weights [c, K], and where results go."""
 
     student: Tensor
     teacher: Tensor
@@ -111,29 +109,29 @@ class _Sequence(NamedTuple):
     along: Tensor
 
 
-def _align_sequence(spans: _Sequence) -> Tensor:
-    """[X, Z] of one sequence; fills ``gradient`` [K, d_S] and ``along`` [K], which :func:`align` puts together.
+def _align_run(spans: _Run) -> Tensor:
+    """[X, Z] of each sequence [c, 2]; fills ``gradient`` and ``along``, which :func:`align` puts together.
 
     With Û the unit rows and c_ij = ω_i ω_j (cos^S_ij - cos^T_ij), ∂X/∂Û_i = 4 Σ_j c_ij Û_j =: 4 G_i, and through the
     normalisation ∂X/∂U_i = 4 (G_i - Û_i <Û_i, G_i>) / ||U_i|| with <Û_i, G_i> = Σ_j c_ij cos^S_ij. Norms scale pairs,
     which are fewer than features.
     """
     student, teacher, ours, theirs, omega, gradient, along = spans
-    sums = omega.new_zeros(2)
-    for rows in row_blocks(len(student), _BLOCK_PAIRS // max(1, len(student))):
-        cosines, others = torch.mm(student[rows], student.T), torch.mm(teacher[rows], teacher.T)
-        for part in cached_rows(cosines):
-            mine = slice(rows.start + part.start, rows.start + part.stop)
-            cosine = cosines[part].mul_(ours[mine, None]).mul_(ours)
-            gap = others[part].mul_(theirs[mine, None]).mul_(theirs).neg_().add_(cosine)
-            # the diagonal goes by its weight: a zero vector's cosine with itself is 0, not 1
-            pair = torch.outer(omega[mine], omega)
-            pair.diagonal(offset=mine.start).zero_()
-            slope = pair * gap
-            sums += torch.stack([torch.dot(slope.view(-1), gap.view(-1)), pair.sum()])
-            along[mine] = (cosine * slope).sum(dim=1).mul_(ours[mine])
-            torch.mul(slope, ours, out=cosine)
-        torch.mm(cosines, student, out=gradient[rows])
+    count, length, _ = student.shape
+    sums = omega.new_zeros(count, 2)
+    for rows in row_blocks(length, _BLOCK_PAIRS // max(1, count * length)):
+        cosine = torch.bmm(student[:, rows], student.mT).mul_(ours[:, rows, None]).mul_(ours[:, None])
+        gap = torch.bmm(teacher[:, rows], teacher.mT).mul_(theirs[:, rows, None]).mul_(theirs[:, None])
+        gap.neg_().add_(cosine)
+        pair = omega[:, rows, None] * omega[:, None]
+        # the diagonal goes by its weight: a zero vector's cosine with itself is 0, not 1
+        pair.diagonal(offset=rows.start, dim1=1, dim2=2).zero_()
+        sums[:, 1] += pair.sum(dim=(1, 2))
+        slope = pair.mul_(gap)
+        sums[:, 0] += gap.mul_(slope).sum(dim=(1, 2))
+        along[:, rows] = cosine.mul_(slope).sum(dim=2).mul_(ours[:, rows])
+        towards = torch.bmm(slope.mul_(ours[:, None]), student)
+        gradient[:, rows] = towards
     return sums
 
 

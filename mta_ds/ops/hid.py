@@ -12,7 +12,7 @@ from mta_ds.ops.backend import backend_of
 from mta_ds.ops.products import accumulating, add_product, product, write_product
 
 # Tokens that are projected at once: enough for products at full speed, few beside a batch.
-_CPU_TOKENS = 768
+_CPU_TOKENS = 512
 _GPU_TOKENS = 4096
 _FULL = (torch.float32, torch.float64)
 

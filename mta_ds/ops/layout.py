@@ -9,14 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_spans, check_spans_within
-
-_GRAIN = 1 << 15
-_FEWEST_ROWS = 16
 
 
 class Membership:
@@ -161,21 +159,37 @@ def tiles(cu: Tensor, size: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
 
 
+class Run(NamedTuple):
+    """Consecutive segments of one length, which products take as one batch."""
+
+    rows: slice
+    num_segments: int
+    length: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The run's rows of ``values`` [N, ...], as [segments, length, ...]."""
+        return values[self.rows].view(self.num_segments, self.length, *values.shape[1:])
+
+
+def runs(cu: Tensor, most_pairs: int) -> Iterator[tuple[int, Run]]:
+    """Segments of one length together, with the first's number; as many as have ``most_pairs`` pairs, or one."""
+    bounds = pairs(cu)
+    first = 0
+    while first < len(bounds):
+        start, end = bounds[first]
+        most = max(1, most_pairs // max(1, (end - start) ** 2))
+        last = first + 1
+        while last < len(bounds) and last - first < most and bounds[last][1] - bounds[last][0] == end - start:
+            last += 1
+        yield first, Run(slice(start, bounds[last - 1][1]), last - first, end - start)
+        first = last
+
+
 def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
     """``num_rows`` rows, ``size`` (at least one) at a time."""
     size = max(1, size)
     for first in range(0, num_rows, size):
         yield slice(first, min(first + size, num_rows))
-
-
-def cached_rows(matrix: Tensor) -> Iterator[slice]:
-    """Rows of a CPU's matrix that one core works on from its cache, before anything wakes the others.
-
-    Torch shares out what has 32,768 elements or more, and waking sleeping threads costs more than most passes over a
-    small matrix. Wide matrices, of which that would be a few rows, go as they are.
-    """
-    fitting = (_GRAIN - 1) // max(1, matrix.shape[1])
-    yield from row_blocks(len(matrix), fitting if fitting >= _FEWEST_ROWS else len(matrix))
 
 
 def beside(host: Tensor, device: torch.device) -> Tensor:

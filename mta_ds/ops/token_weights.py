@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_rows
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import cached_rows, pairs, row_blocks
+from mta_ds.ops.layout import row_blocks, runs
 from mta_ds.ops.products import accumulating
 from mta_ds.ops.reference import STD_EPSILON
 
@@ -41,8 +41,9 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         return hidden.new_empty(0, dtype=accumulating(hidden).dtype)
     scales = torch.cat([_scales(accumulating(hidden[block])) for block in row_blocks(len(hidden), _BLOCK_TOKENS)])
     weights = torch.empty_like(scales)
-    for start, end in pairs(cu_seqlens):
-        weights[start:end] = _attention_received(accumulating(hidden[start:end]), scales[start:end])
+    for _, run in runs(cu_seqlens, _BLOCK_SCORES):
+        received = _attention_received(accumulating(run.of(hidden)), run.of(scales))
+        weights[run.rows] = received.view(-1)
     return weights
 
 
@@ -58,17 +59,15 @@ def _scales(hidden: Tensor) -> Tensor:
 
 
 def _attention_received(hidden: Tensor, scales: Tensor) -> Tensor:
-    """Token weights [n] of one sequence [n, d]; a block of rows at a time, whose softmax is exact by itself."""
-    length = len(hidden)
+    """Token weights [c, n] of c sequences [c, n, d]; a block of rows at a time, whose softmax is exact by itself."""
+    count, length, _ = hidden.shape
     if length <= 1:
         return torch.ones_like(scales) + 0.0 * scales
     received = torch.zeros_like(scales)
-    for rows in row_blocks(length, _BLOCK_SCORES // length):
-        block = torch.mm(hidden[rows], hidden.T)
-        block.diagonal(offset=rows.start).fill_(-torch.inf)
-        for part in cached_rows(block):
-            scores = block[part].mul_(scales[rows][part, None]).mul_(scales)
-            # the softmax by hand: torch's wakes all cores whatever the size
-            shares = scores.sub_(scores.amax(dim=1, keepdim=True)).exp_()
-            received += shares.div_(shares.sum(dim=1, keepdim=True)).sum(dim=0)
+    for rows in row_blocks(length, _BLOCK_SCORES // (count * length)):
+        scores = torch.bmm(hidden[:, rows], hidden.mT).mul_(scales[:, rows, None]).mul_(scales[:, None])
+        scores.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(-torch.inf)
+        # torch's own softmax hands out eight rows at a time, which wakes all cores for the smallest block
+        shares = scores.sub_(scores.amax(dim=2, keepdim=True)).exp_()
+        received += shares.div_(shares.sum(dim=2, keepdim=True)).sum(dim=1)
     return received / length

@@ -7,7 +7,7 @@ import torch
 from op_cases import LENGTHS, bounds, random_spans
 
 from mta_ds.ops import SpanLayout
-from mta_ds.ops.layout import Membership, tiles
+from mta_ds.ops.layout import Membership, runs, tiles
 
 COUNTS = (9, 1, 30, 0, 3, 8)
 CU_SEQLENS = bounds(LENGTHS)
@@ -40,6 +40,19 @@ def test_groups_are_whole_sequences_and_all_of_them(size):
         assert torch.equal(inner.members.spans + group.tokens.start, SPANS[group.spans])
         assert torch.equal(inner.members.covered + group.tokens.start, layout.members.covered[group.covered])
         assert inner.cu_covered[-1] == len(inner.members.covered)
+
+
+def test_runs_are_segments_of_one_length():
+    cu = bounds((4, 4, 4, 4, 2, 0, 0, 3, 3, 300))
+    found = [(first, run.rows.start, run.rows.stop, run.num_segments, run.length) for first, run in runs(cu, 48)]
+    assert found == [
+        *[(0, 0, 12, 3, 4), (3, 12, 16, 1, 4), (4, 16, 18, 1, 2)],
+        *[(5, 18, 18, 2, 0), (7, 18, 24, 2, 3), (9, 24, 324, 1, 300)],
+    ]
+    values = torch.arange(324 * 2).reshape(324, 2)
+    _, run = next(iter(runs(cu, 48)))
+    assert run.of(values).shape == (3, 4, 2) and run.of(values)[1, 0].tolist() == values[4].tolist()
+    assert list(runs(bounds([]), 48)) == []
 
 
 def test_tiles_cover_every_row_once():
