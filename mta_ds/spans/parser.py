@@ -79,16 +79,21 @@ def load_parser(spec: str | None) -> Parser:
     """The parser a user names.
 
     Args:
-        spec: None for the bundled model; "none" for words without constituents; else the path of a Benepar model:
+        spec: None for the bundled model; "none" for words without constituents; "spacy:MODEL" for the noun chunks and
+            verb groups of a spaCy model, a folder or an installed package; else the path of a Benepar model:
             a folder in ``benepar_en3``'s format or a single-file training checkpoint.
 
     Raises:
-        UserError: nothing is at that path, or it is no Benepar model that can be loaded safely.
+        UserError: nothing is there, or it is no model that can be loaded safely.
     """
+    from mta_ds.spans import spacy_parser
+
     if spec == WORDS_ONLY:
         return WordsOnly()
     if spec is None:
         return BeneparParser(load_model(BUNDLED)._replace(name="bundled"))
+    if spec.startswith(spacy_parser.PREFIX):
+        return spacy_parser.SpacyParser(spacy_parser.load_model(spec.removeprefix(spacy_parser.PREFIX)))
     return BeneparParser(load_model(Path(spec)))
 
 
