@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 # After list marks and quotation marks; what follows backticks must not close them again on the same line.
 _FENCE = re.compile(r"\s*(?:(?:>|[-*+]|\d{1,9}[.)])\s+|>)*(?P<fence>`{3,}(?=[^`]*$)|~{3,})")
-_FENCED_LINE = re.compile(r"\s*(`{3,})[^`].*\1\s*$")
+_FENCED_LINE = re.compile(r"\s*(`{3,9})[^`].*\1\s*$")
 _INDENTED = re.compile(r"(?: {4}| {0,3}\t)\s*\S")
 _CODE = re.compile(
     r"""
@@ -36,6 +36,7 @@ _OUTER_BARS = re.compile(r"\s*(?:>\s*)*\|.*\|\s*$", re.DOTALL)
 _ASIDE = re.compile(r"`[^`\n]*`|\([^()\n]*\)")  # a bar inside is no edge of a cell
 _TABLE_RULE = re.compile(r"[\s>]*(?=[^|]*\|)(?=[^-]*-)\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
 _GRID_RULE = re.compile(r"\s*\+[-=+:]+\+\s*$")
+_WORD = re.compile(r"[^\W\d_]{3}")
 _SHORT_RULE = 3  # signs without any digit that make a rule
 _FIGURES = 12  # characters, fewer may be a date, a price, a sum: an answer
 
@@ -132,6 +133,8 @@ def _mark_figures(lines: Sequence[str], marks: list[bool]) -> None:
 
 
 def _is_figures(line: str) -> bool:
+    if _WORD.search(line):
+        return False
     characters = "".join(line.split())
     if len(characters) < _SHORT_RULE or 5 * sum(map(str.isalpha, characters)) > len(characters):
         return False

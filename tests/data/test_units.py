@@ -72,3 +72,27 @@ def test_no_constituents_give_no_phrases() -> None:
     none = Units(b"", 2, np.array([0, 1]), np.array([[0, 2]]), [""], np.zeros((0, 3), np.int32), [])
     assert choose(none, UnitConfig()).words.tolist() == choose(none, UnitConfig()).phrases.tolist() == []
     assert choose(none, UnitConfig(words="all")).words.tolist() == [[0, 2]]
+
+
+def test_maximal_of_verb_groups_that_overlap_is_the_released_rule() -> None:
+    """Every match of a pattern, as ``--parser spacy:MODEL`` gives them: they cross, which a tree's never do."""
+    rows = [
+        (0, 2, "NP"),
+        (2, 6, "VP"),
+        (2, 5, "VP"),
+        (3, 6, "VP"),
+        (4, 8, "VP"),
+        (5, 8, "NP"),
+        (7, 8, "VP"),
+        (9, 10, "NP"),
+    ]
+    words = np.array([[3 * i, 3 * i + 2] for i in range(10)], dtype=np.int32)
+    constituents = np.array([[a, b, 1] for a, b, _ in rows], dtype=np.int32)
+    units = Units(b"", 30, np.array([0, 10]), words, [""] * 10, constituents, [label for *_, label in rows])
+    released: list[list[int]] = []
+    for start, end, _ in sorted(rows, key=lambda r: (r[0], -r[1])):  # one that ends inside an earlier one is dropped
+        if not released or end > released[-1][1]:
+            released.append([start, end])
+    assert released == [[0, 2], [2, 6], [4, 8], [9, 10]]
+    expected = [[3 * a, 3 * (b - 1) + 2] for a, b in released]
+    assert choose(units, UnitConfig(choose="maximal")).phrases.tolist() == expected

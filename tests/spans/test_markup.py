@@ -67,6 +67,7 @@ def test_a_fence_that_nothing_closes_goes_on_to_the_end() -> None:
         "Either a|b or c|d\nand then e|f",
         "Home | About | Contact",
         "1945",
+        "1937, 1954, 1976 and 2018.",
         "$1,000.00",
         "12/05/2020",
         "2 + 2 = 4",
