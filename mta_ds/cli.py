@@ -82,7 +82,7 @@ def parse(
     overrides: Overrides = None,
     inputs: Annotated[list[str] | None, typer.Option("--input", help="File, folder, glob or datasets name.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the span store.")] = None,
-    parser: Annotated[str | None, typer.Option(help="Benepar model's path, 'spacy:MODEL' or 'none'; else bundled.")] = None,
+    parser: Annotated[str | None, typer.Option(help="A Benepar path, spacy:MODEL or none; else the bundled.")] = None,
     num_shards: Annotated[int | None, typer.Option(min=1, help="Parts of the store.")] = None,
     shard_index: Annotated[int | None, typer.Option(min=0, help="Parse this part only, as a job array does.")] = None,
     max_reject_share: Annotated[float | None, typer.Option(min=0, max=1, help="Share of bad rows allowed.")] = None,
