@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mta_ds.errors import UserError
+from mta_ds.errors import UsageError, UserError
 from mta_ds.launch.local import follow_parent, launch
 
 app = typer.Typer(
@@ -150,6 +150,45 @@ def report(
     from mta_ds.evaluation import write_report
 
     print(write_report(run_dir))
+
+
+@app.command()
+def inspect(
+    store: Annotated[Path, typer.Argument(help="A span store.")],
+    record: Annotated[str | None, typer.Argument(help="A record's id.")] = None,
+    records: Annotated[list[str] | None, typer.Option(help="File, folder, glob or datasets name of its text.")] = None,
+    field: Annotated[str | None, typer.Option(help="Only this field of the record.")] = None,
+    choose: Annotated[str | None, typer.Option(help="Phrases: innermost, maximal or all.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels of phrases, as NP,VP.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the record as a page, too.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder: show its token weights.")] = None,
+    layer: Annotated[int | None, typer.Option(min=1, help="Layer of --model; the last unless given.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page about the whole store.")] = None,
+) -> None:
+    """Look at a span store: one record's trees and chosen units, or the whole store's statistics."""
+    if record is None and report is None:
+        raise UsageError("mta-ds inspect: give a RECORD, or --report FILE for the whole store")
+    from mta_ds.config import validate
+    from mta_ds.data import UnitConfig
+
+    given = {"choose": choose, "labels": labels.split(",") if labels is not None else None}
+    units = validate({k: v for k, v in given.items() if v is not None}, UnitConfig, where="mta-ds inspect")
+    if report is not None:
+        from mta_ds.evaluation.store_report import write_store_report
+
+        print(write_store_report(store, report, units))
+    if record is not None:
+        from mta_ds.evaluation.inspect import describe, write_page
+        from mta_ds.evaluation.inspect import inspect as run
+        from mta_ds.evaluation.weights import record_weights
+
+        inspection = run(store, record, records or (), field, units)
+        weights = record_weights(inspection.record, model, layer) if model is not None else None
+        text = describe(inspection, weights)
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding))  # a batch log may be plain ASCII
+        if html is not None:
+            print(f"\n{write_page(html, inspection, weights)}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from mta_ds.data.project import project
 from mta_ds.data.template import Template, render
 from mta_ds.data.units import Chosen, UnitConfig, choose
 from mta_ds.spans.records import Record, Reject, input_files, read_records
-from mta_ds.spans.store import SpanStore, Units
+from mta_ds.spans.store import Manifest, SpanStore, Units, check_part, read_manifest
 
 __all__ = [
     "GRANULARITIES",
@@ -21,6 +21,7 @@ __all__ = [
     "Dropped",
     "EncodedDataset",
     "Example",
+    "Manifest",
     "Record",
     "Reject",
     "SpanStore",
@@ -30,12 +31,14 @@ __all__ = [
     "UnitConfig",
     "Units",
     "build_dataset",
+    "check_part",
     "choose",
     "collate",
     "encode",
     "encode_prompt",
     "input_files",
     "project",
+    "read_manifest",
     "read_records",
     "render",
     "sample_order",

@@ -1,14 +1,16 @@
-"""The report's line charts: rows of metrics.jsonl to inline SVG."""
+"""Charts as inline SVG: curves of a run's metrics.jsonl, bars of what a span store holds."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
@@ -60,21 +62,49 @@ def loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 def line_chart(title: str, lines: Sequence[Line]) -> Markup:
     """An SVG that scales with its container; few points get markers."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axes = figure.add_subplot()
+    with _axes(title) as (figure, axes):
         for line, colour in zip(lines, _COLOURS * (1 + len(lines) // len(_COLOURS)), strict=False):
             steps, values = _thinned(line)
             marker = "o" if len(steps) <= 12 else None
             axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=line.name)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.set_xlabel("step")
         axes.legend(frameon=False, ncols=2 if len(lines) > 3 else 1, handlelength=1.2)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), title)
+        return _inline(figure, f"{title} over steps")
+
+
+def histogram(title: str, unit: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:
+    """An SVG of bars: ``counts[i]`` between ``edges[i]`` and ``edges[i + 1]``."""
+    with _axes(title) as (figure, axes):
+        widths = [after - before for before, after in pairwise(edges)]
+        axes.bar(edges[:-1], counts, width=widths, align="edge", color=_COLOURS[0], edgecolor="white", linewidth=0.3)
+        axes.set_xlabel(unit)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        return _inline(figure, title)
+
+
+def ranking(title: str, unit: str, names: Sequence[str], values: Sequence[float]) -> Markup:
+    """An SVG of one lying bar a name, the first at the top; names may be any text."""
+    with _axes(title, 0.7 + 0.2 * len(names), grid="x") as (figure, axes):
+        axes.barh(range(len(names)), values, height=0.7, color=_COLOURS[0])
+        axes.set_yticks(range(len(names)), labels=list(names), parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_formatter("{x:,.4g}")
+        return _inline(figure, title)
+
+
+@contextmanager
+def _axes(title: str, height: float = 2.7, grid: Literal["x", "y"] = "y") -> Iterator[tuple[Figure, Any]]:
+    """An empty figure in the pages' style, which holds until it has been drawn."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(4.6, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis=grid, color="#94a3b8", alpha=0.3, linewidth=0.8)  # faint on white and on black
+        axes.set_axisbelow(True)
+        yield figure, axes
 
 
 def _line(rows: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
@@ -93,11 +123,14 @@ def _thinned(line: Line) -> tuple[list[float], list[float]]:
     return means(line.steps), means(line.values)
 
 
-def _inline(svg: str, title: str) -> Markup:
+def _inline(figure: Figure, description: str) -> Markup:
     """The bare element for an HTML page: no prologue, metadata or fixed size, no group names (they would repeat)."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    # Our own drawing with our own words: nothing of the records is in it.
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title} over steps"', 1))
+    # Our own drawing: the only foreign words are a ranking's names, which matplotlib's XML writer escapes.
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1))

@@ -8,22 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import yaml
-from markupsafe import Markup
 
 from mta_ds.errors import UserError
 from mta_ds.evaluation.charts import loss_charts
+from mta_ds.evaluation.page import render_page
 from mta_ds.evaluation.tree import ParsedExample, marked_text, trees
 from mta_ds.files import write_atomic
 
 Json = dict[str, Any]
 
-_ASSETS = Path(__file__).parent.parent / "assets" / "report"
 _MAX_TEXTS = 6
 _MAX_TREES = 3
-# Characters that HTML forbids; a browser would stop at a NUL or show nothing.
-_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
 
 
 class Score(NamedTuple):
@@ -77,9 +73,8 @@ def write_report(run_dir: Path, example: ParsedExample | None = None) -> Path:
         "num_sentences": len(example.units.sentences) - 1 if example else 0,
         "folded": _folded(run_dir, evaluations),
     }
-    html = _template().render(context).translate(_CONTROLS)
     path = run_dir / "report.html"
-    write_atomic(path, html.encode("utf-8", "replace"))  # a lone surrogate of some record becomes "?"
+    write_atomic(path, render_page("report.html.j2", context))
     return path
 
 
@@ -200,18 +195,6 @@ def _folded(run_dir: Path, evaluations: Mapping[str, Json]) -> list[tuple[str, s
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
             found.append((f"Settings of the evaluation “{model}”", text))
     return found
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["css"] = Markup((_ASSETS / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html.j2")
 
 
 def _read_json(path: Path) -> Json:

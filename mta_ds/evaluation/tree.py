@@ -65,27 +65,18 @@ def marked_text(example: ParsedExample) -> Markup:
     return Markup("").join(pieces)
 
 
-def trees(example: ParsedExample, max_sentences: int) -> list[Markup]:
-    """One SVG for each of the first sentences; chosen constituents and words are filled."""
+def trees(example: ParsedExample, max_sentences: int | None = None) -> list[Markup]:
+    """One SVG for each of the first sentences, or of all; chosen constituents and words are filled."""
     bounds = example.units.sentences.tolist()
     shown = islice(pairwise(bounds), max_sentences)
-    return [_draw(_build(example, start, end)) for start, end in shown if end > start]
+    return [_draw(sentence_nodes(example, start, end)) for start, end in shown if end > start]
 
 
-def _piece(text: str, classes: Sequence[str]) -> Markup:
-    if not classes:
-        return escape(text)
-    return Markup('<span class="{}">{}</span>').format(" ".join(classes), text)
+def sentence_nodes(example: ParsedExample, first: int, last: int) -> list[Node]:
+    """The top nodes of the sentence of words ``first`` to ``last``.
 
-
-def _ranges(text: str, units: np.ndarray) -> set[Range]:
-    """Ranges without the white space at their end that words may carry, empty ones left out."""
-    trimmed = ((int(start), int(start) + len(text[start:end].rstrip())) for start, end in units.tolist())
-    return {(start, end) for start, end in trimmed if end > start}
-
-
-def _build(example: ParsedExample, first: int, last: int) -> list[Node]:
-    """The sentence's top nodes: constituents laid over the words they cover, each centred over its children."""
+    Constituents are laid over the words they cover, each centred over its children.
+    """
     units, text = example.units, example.text
     words, phrases = _ranges(text, example.words), _ranges(text, example.phrases)
     ranges = [(int(start), int(end)) for start, end in units.words[first:last].tolist()]
@@ -102,6 +93,18 @@ def _build(example: ParsedExample, first: int, last: int) -> list[Node]:
         node = Node(label, height, x, where in phrases, text[slice(*where)], children)
         cover[start:end] = [node] * (end - start)
     return list(dict.fromkeys(cover))
+
+
+def _piece(text: str, classes: Sequence[str]) -> Markup:
+    if not classes:
+        return escape(text)
+    return Markup('<span class="{}">{}</span>').format(" ".join(classes), text)
+
+
+def _ranges(text: str, units: np.ndarray) -> set[Range]:
+    """Ranges without the white space at their end that words may carry, empty ones left out."""
+    trimmed = ((int(start), int(start) + len(text[start:end].rstrip())) for start, end in units.tolist())
+    return {(start, end) for start, end in trimmed if end > start}
 
 
 def _leaves(
@@ -170,4 +173,9 @@ def _label(node: Node, bottom: float) -> Markup:
     )
     text = Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(node.x, y, node.label)
     classes = f"{kind} chosen" if node.chosen else kind
-    return Markup('<g class="{}"><title>{}</title>{}{}</g>{}').format(classes, node.title, box, text, tag)
+    opening = Markup('<g class="{}">').format(classes)
+    if node.level:  # what a page's filters go by
+        opening = Markup('<g class="{}" data-labels="{}" data-height="{}">').format(
+            classes, node.label.replace("·", " "), node.level
+        )
+    return opening + Markup("<title>{}</title>{}{}</g>{}").format(node.title, box, text, tag)

@@ -21,6 +21,7 @@ from mta_ds.ops import (
     align_layer,
     attach,
     linear_divergence,
+    token_weights,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "linear_divergence",
     "make_divergence",
     "non_finite",
+    "token_weights",
 ]
