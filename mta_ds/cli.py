@@ -163,27 +163,29 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write the record as a page, too.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder: show its token weights.")] = None,
     layer: Annotated[int | None, typer.Option(min=1, help="Layer of --model; the last unless given.")] = None,
+    template: Annotated[str, typer.Option(help="How --model reads the record: minillm, chat or plain.")] = "minillm",
     report: Annotated[Path | None, typer.Option(help="Write a page about the whole store.")] = None,
 ) -> None:
     """Look at a span store: one record's trees and chosen units, or the whole store's statistics."""
-    if record is None and report is None:
-        raise UsageError("mta-ds inspect: give a RECORD, or --report FILE for the whole store")
+    if record is None and (report is None or html is not None or model is not None):
+        raise UsageError("mta-ds inspect: give a RECORD; without one there is only --report FILE, for the whole store")
     from mta_ds.config import validate
-    from mta_ds.data import UnitConfig
+    from mta_ds.data import DataConfig
 
-    given = {"choose": choose, "labels": labels.split(",") if labels is not None else None}
-    units = validate({k: v for k, v in given.items() if v is not None}, UnitConfig, where="mta-ds inspect")
+    chosen = {"choose": choose, "labels": labels.split(",") if labels is not None else None}
+    given = {"template": template, "units": {name: value for name, value in chosen.items() if value is not None}}
+    data = validate(given, DataConfig, where="mta-ds inspect")
     if report is not None:
         from mta_ds.evaluation.store_report import write_store_report
 
-        print(write_store_report(store, report, units))
+        print(write_store_report(store, report, data.units))
     if record is not None:
         from mta_ds.evaluation.inspect import describe, write_page
         from mta_ds.evaluation.inspect import inspect as run
         from mta_ds.evaluation.weights import record_weights
 
-        inspection = run(store, record, records or (), field, units)
-        weights = record_weights(inspection.record, model, layer) if model is not None else None
+        inspection = run(store, record, records or (), field, data.units)
+        weights = record_weights(inspection.record, model, layer, data.template) if model is not None else None
         text = describe(inspection, weights)
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding))  # a batch log may be plain ASCII

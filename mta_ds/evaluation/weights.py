@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mta_ds.data import DataConfig, Dropped, Record, encode, render
+from mta_ds.data import DataConfig, Dropped, Record, Template, encode, render
 from mta_ds.errors import UsageError, UserError
 
 _WHOLE = 1 << 30  # tokens: nothing is cut off
@@ -33,15 +33,18 @@ class RecordWeights(NamedTuple):
         return len(self.tokens)
 
 
-def record_weights(record: Record, model: str, layer: int | None = None) -> RecordWeights:
-    """Run a model over the record, rendered as training renders it by default, and weigh its tokens.
+def record_weights(
+    record: Record, model: str, layer: int | None = None, template: Template = "minillm"
+) -> RecordWeights:
+    """Run a model over the record, rendered as training renders it, and weigh its tokens.
 
     Args:
         model: a model folder or hub name.
         layer: transformers' numbering, from 1; the last unless given.
+        template: the run's ``data.template``.
 
     Raises:
-        UserError: no such model, or a record that training would drop.
+        UserError: no such model, a record that the template does not fit, or one that training would drop.
         UsageError: the model has no such layer.
     """
     import torch
@@ -51,7 +54,7 @@ def record_weights(record: Record, model: str, layer: int | None = None) -> Reco
 
     path = resolve_model(model)
     tokenizer = load_tokenizer(path)
-    ids, places = _sequence(record, tokenizer)
+    ids, places = _sequence(record, template, tokenizer)
     loaded = load_pretrained(path, "float32").eval()
     num_layers = len(decoder_layers(loaded))
     layer = num_layers if layer is None else layer
@@ -68,15 +71,15 @@ def record_weights(record: Record, model: str, layer: int | None = None) -> Reco
     return RecordWeights(path.name, layer, [Token(*place, weight=w) for place, w in zip(places, weights, strict=False)])
 
 
-def _sequence(record: Record, tokenizer: Any) -> tuple[list[int], list[tuple[str, str, int, int]]]:
+def _sequence(record: Record, template: Template, tokenizer: Any) -> tuple[list[int], list[tuple[str, str, int, int]]]:
     """The ids that training sees, and each one's text and place: (text, field, start, end)."""
-    config = DataConfig(max_length=_WHOLE, max_prompt_length=_WHOLE)
+    config = DataConfig(template=template, max_length=_WHOLE, max_prompt_length=_WHOLE)
     example = encode(record, config, tokenizer, None)
     if isinstance(example, Dropped):
         raise UserError(f"{record.where}: record {record.id} is {example.reason}, training drops it; leave --model out")
     ids: list[int] = example.input_ids.tolist()
     places = []
-    for part in render(record, config.template, tokenizer):
+    for part in render(record, template, tokenizer):
         encoding = tokenizer(part.text, add_special_tokens=False, return_offsets_mapping=True)
         for start, end in encoding["offset_mapping"]:
             places.append(_place(part.text, part.pieces, start, end))

@@ -212,6 +212,8 @@ def test_token_weights_are_those_of_the_layer(pair, tmp_path):
         assert covered == set(range(len(example.text)))
     first = record_weights(inspection.record, str(pair / "student"), 1)
     assert [t.weight for t in first.tokens] != [t.weight for t in last.tokens]
+    plain = record_weights(inspection.record, str(pair / "student"), template="plain")
+    assert len(plain.tokens) < len(last.tokens)
     with pytest.raises(UsageError, match=r"--layer 4: .* has layers 1 to 3"):
         record_weights(inspection.record, str(pair / "student"), 4)
     assert "token weights, layer 3 of student" in describe(inspection, last)
@@ -270,7 +272,9 @@ def test_the_command_end_to_end(pair, tmp_path):
     [
         ([RECORD], 1, "--records"),
         ([], 2, "give a RECORD"),
+        (["--report", "page.html", "--html", "page.html"], 2, "give a RECORD"),
         ([RECORD, "--choose", "outermost"], 2, "choose"),
+        ([RECORD, "--template", "chta"], 2, "template"),
         (["demo-train-00", "--records", "TRAIN"], 1, "did you mean 'demo-train-0"),
     ],
 )

@@ -15,6 +15,7 @@ from mta_ds.errors import UserError
 from mta_ds.evaluation import store_report
 from mta_ds.evaluation.charts import histogram, ranking
 from mta_ds.evaluation.store_report import read_rejects, read_statistics, store_charts, write_store_report
+from mta_ds.spans.parse import ParseConfig, parse
 
 
 @pytest.fixture
@@ -88,11 +89,22 @@ def test_labels_of_a_foreign_parser_are_only_text():
     assert "<script>" not in svg and "&lt;script&gt;" in svg and "$x^2$" in svg
 
 
-def test_a_store_without_constituents_or_of_one_value(store):
+def test_charts_without_values_are_left_out():
     statistics = store_report.StoreStatistics(words_per_field=Counter({5: 3}))
     (chart,) = store_charts(statistics)
     assert chart.note == "3 fields: median 5, mean 5.0, largest 5"
     assert statistics.coverage == 0
+
+
+def test_a_store_of_words_alone_with_a_field_of_none(tmp_path):
+    rows = [{"id": "a", "prompt": "  ", "response": "Yes."}, {"id": "b", "text": "Two words. And three more."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = tmp_path / "spans"
+    parse(ParseConfig(inputs=(str(tmp_path / "rows.jsonl"),), output=store, parser="none"))
+    found = read_statistics(store, read_manifest(store), UnitConfig())
+    assert found.words_per_field == {0: 1, 2: 1, 7: 1} and found.words_per_sentence == {2: 1, 3: 1, 4: 1}
+    assert found.constituents_per_sentence == {0: 3} and not found.labels and found.coverage == 0
+    assert "0.0 % of the words" in write_store_report(store, tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_long_tail_is_cut_off_and_told():
