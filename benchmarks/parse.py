@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benepar.nkutil import HParams
 from common import Row, bounded, machine_row, options, pin_threads, report
 
 from mta_ds.spans.benepar_model import _lent_tokenizer_method, build_chart_parser, load_model
@@ -66,7 +67,6 @@ def minilm_size(folder: Path) -> Path:
 
 
 def _hparams(config: dict[str, Any]) -> Any:
-    from benepar.nkutil import HParams
 
     return HParams(**config["benepar"]["hparams"])
 

@@ -89,6 +89,7 @@ def parse(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, a core each; all cores unless given.")] = None,
     status: Annotated[bool, typer.Option("--status", help="Say what the store in --output lacks, and stop.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Only write the manifest of complete parts.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write a page about the complete store to this file.")] = None,
 ) -> None:
     """Parse every text field once into a span store; a rerun makes only the parts that are missing."""
     from mta_ds.spans.merge import status as store_status
@@ -115,6 +116,10 @@ def parse(
         print("this part is done; others are missing")
     else:
         print("span store complete: " + ", ".join(f"{n} {name}" for name, n in manifest.counts if n))
+        if report is not None:
+            from mta_ds.evaluation.store_report import write_store_report
+
+            print(write_store_report(resolved.output, report))
 
 
 @app.command()

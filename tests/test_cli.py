@@ -193,3 +193,16 @@ def test_evaluate_and_report(mta_ds, pair: Path, tmp_path: Path) -> None:
     assert result["kl"] > 0 and result["loss"] > 0 and 0 <= result["rouge_l"]["mean"] <= 100
     code, out, _ = mta_ds("report", tmp_path / "run")
     assert code == 0 and "<html" in Path(out.strip()).read_text()
+
+
+def test_parse_says_what_is_missing_and_reports_what_is_there(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"id": str(i), "text": f"It is {i}. We go."}) + "\n" for i in range(8)))
+    store = ["--output", tmp_path / "s"]
+    given = ["parse", "--input", source, *store, "--num-shards", 2, "--parser", "none"]
+    assert "others are missing" in run_command(*given, "--shard-index", 1, "--workers", 1).stdout
+    assert "1 of 2 parts are missing: 0" in run_command("parse", "--status", *store).stdout
+    failed = run_command(*given, "--merge", check=False)
+    assert failed.returncode == 1 and "1 of 2 parts are missing: 0; nothing to merge yet" in failed.stderr
+    done = run_command(*given, "--report", tmp_path / "page.html")
+    assert "span store complete: 8 records" in done.stdout and (tmp_path / "page.html").is_file()

@@ -29,6 +29,7 @@ from mta_ds.spans.parser import load_parser
 from mta_ds.spans.pool import Parsing, open_pool
 from mta_ds.spans.records import Record, Reject, input_files, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
+from mta_ds.spans.segment import SEGMENTATION
 from mta_ds.spans.store import ROWS_PER_GROUP, SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, part_name
 
 # Words that are held until they are written: bounds memory whatever the texts' length.
@@ -43,7 +44,7 @@ class ParseConfig(Section):
     output: Path
     """The store's folder."""
     parser: str | None = None
-    """A Benepar model's path; the bundled model unless given; "none" for words without constituents."""
+    """A Benepar model's path, ``spacy:MODEL``, or "none" for words alone; the bundled model unless given."""
     num_shards: int = Setting(default=1, ge=1)
     max_reject_share: float = Setting(default=0.0, ge=0, le=1)
     """Share of bad rows above which the stage fails."""
@@ -120,6 +121,7 @@ def _claim_store(config: ParseConfig, parser: ParserInfo) -> None:
     """Write down what the store is made of, or check that it is the same as before."""
     identity = {
         "schema_version": SCHEMA_VERSION,
+        "segmentation": SEGMENTATION,
         "parser": parser.model_dump(),
         "num_shards": config.num_shards,
         "inputs": _fingerprint_inputs(config.inputs),
@@ -135,6 +137,7 @@ def _claim_store(config: ParseConfig, parser: ParserInfo) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         other = {
             f"schema {before['schema_version']}": before["schema_version"] != SCHEMA_VERSION,
+            "other rules for sentences": before.get("segmentation") != SEGMENTATION,
             f"{before['num_shards']} shards": before["num_shards"] != config.num_shards,
             "other inputs": before["inputs"] != identity["inputs"],
             f"another parser ('{before['parser']['name']}', this is '{parser.name}')": before["parser"]["fingerprint"]

@@ -18,8 +18,8 @@ from mta_ds.spans.segment import Segment, segment, split_to_fit
 from mta_ds.spans.store import SCHEMA
 
 # One unit of work: enough sentences for full encoder batches, few enough to be held by every worker.
-FIELDS_AT_ONCE = 512
-CHARS_AT_ONCE = 100_000
+FIELDS_AT_ONCE = 256
+CHARS_AT_ONCE = 32_000
 
 
 class Field(NamedTuple):

@@ -16,6 +16,8 @@ from typing import Any
 from mta_ds.spans.markup import regions
 from mta_ds.spans.parser import Sentence
 
+# Raise it when other sentences or words come out: a store is made by one set of rules.
+SEGMENTATION = 2
 # A line ends a sentence, unless it is long and the next one goes on in lower case: hard-wrapped prose. "b)" and "iv."
 # begin an item of a list.
 _NEWLINES = r"\n\r\v\f\x85\u2028\u2029"

@@ -104,6 +104,8 @@ class Manifest(Section):
     """A complete store."""
 
     schema_version: int
+    segmentation: int
+    """Version of the rules that cut texts into sentences and words."""
     parser: ParserInfo
     num_shards: int
     inputs: str
