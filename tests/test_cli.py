@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from support import write_config
+from support import run_command, write_config
 
 from mta_ds.cli import main
 
