@@ -189,7 +189,8 @@ def annotate(model: ChartParser, batch: dict[str, Any]) -> Tensor:
         content = model.char_encoder(batch["char_ids"], valid)
     else:
         names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
-        hidden = model.pretrained_model(**{name: batch[name] for name in names if name in batch}).last_hidden_state
+        output = model.pretrained_model(**{name: batch[name] for name in names if name in batch})
+        hidden = output.last_hidden_state.float()
         # Padding words have index -100; what is gathered for them is zeroed.
         index = batch["words_from_tokens"].clamp_min(0)
         features = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import ConfigDict
 from pydantic import Field as Setting
 
@@ -25,7 +26,7 @@ from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
 from mta_ds.files import atomic_path, sha256, write_atomic
 from mta_ds.spans.merge import complete_part, merge, missing_parts, read_identity, reject_log
-from mta_ds.spans.parser import load_parser
+from mta_ds.spans.parser import BF16, load_parser
 from mta_ds.spans.pool import Parsing, open_pool
 from mta_ds.spans.records import Record, Reject, input_files, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
@@ -44,7 +45,7 @@ class ParseConfig(Section):
     output: Path
     """The store's folder."""
     parser: str | None = None
-    """A Benepar model's path, ``spacy:MODEL``, or "none" for words alone; the bundled model unless given."""
+    """A Benepar model's path (in bf16 with ``bf16:`` before it), ``spacy:MODEL`` or "none"; None: the bundled model."""
     num_shards: int = Setting(default=1, ge=1)
     max_reject_share: float = Setting(default=0.0, ge=0, le=1)
     """Share of bad rows above which the stage fails."""
@@ -87,6 +88,8 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
             f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
         )
     _refuse_output_in_input(config)
+    if (config.parser or "").startswith(BF16) and not torch.cpu._is_avx512_bf16_supported():
+        raise UserError(f"parser: {BF16} this CPU multiplies bf16 over a hundred times slower than fp32; leave it out")
     parser = load_parser(config.parser)
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
     _claim_store(config, info)

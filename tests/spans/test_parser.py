@@ -506,3 +506,11 @@ def test_cut_encoder_computes_the_same(examples: None, tmp_path: Path) -> None:
 def test_label_vocabulary_of_the_decoder() -> None:
     """The assumption behind scoring only labels 1..: benepar numbers the empty label 0."""
     assert ChartDecoder.build_vocab([nltk.Tree.fromstring("(ROOT (S (NP (NN a)) (VB b)))")])[""] == 0
+
+
+def test_in_bf16_it_is_another_parser_that_mostly_agrees(bundled: BeneparParser) -> None:
+    low = load_parser("bf16:")
+    assert low.name == "bf16:bundled" and low.fingerprint == f"bf16:{bundled.fingerprint}"
+    (exact,), (rounded,) = bundled.parse(SIMPLE[:1]), low.parse(SIMPLE[:1])
+    shared = set(exact.constituents) & set(rounded.constituents)
+    assert len(shared) > 0.5 * len(exact.constituents) > 0
