@@ -95,12 +95,16 @@ def load_parser(spec: str | None) -> Parser:
     if spec == WORDS_ONLY:
         return WordsOnly()
     if spec is None:
-        return BeneparParser(load_model(BUNDLED)._replace(name="bundled"))
+        return BeneparParser(_load_benepar(""))
     if spec.startswith(spacy_parser.PREFIX):
         return spacy_parser.SpacyParser(spacy_parser.load_model(spec.removeprefix(spacy_parser.PREFIX)))
     if spec.startswith(BF16):
-        return BeneparParser(_in_bfloat16(load_model(Path(spec.removeprefix(BF16) or BUNDLED))))
-    return BeneparParser(load_model(Path(spec)))
+        return BeneparParser(_in_bfloat16(_load_benepar(spec.removeprefix(BF16))))
+    return BeneparParser(_load_benepar(spec))
+
+
+def _load_benepar(path: str) -> LoadedModel:
+    return load_model(Path(path)) if path else load_model(BUNDLED)._replace(name="bundled")
 
 
 def _in_bfloat16(loaded: LoadedModel) -> LoadedModel:
