@@ -11,8 +11,6 @@ must agree. Times include forward and backward; memory is what a call needs over
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,6 +27,7 @@ from common import (
     report,
     time_ratio,
 )
+from inputs import GRANULARITIES, Size, make_inputs
 from published import pad_spans, published_loss
 from torch import Tensor
 
@@ -37,97 +36,18 @@ from mta_ds.losses import MTAConfig, MTALoss
 from mta_ds.losses.mta import Reduction
 from mta_ds.ops import Divergence, divergence_values, linear_divergence, reference
 
-GRANULARITIES = ("word", "phrase", "phrase")
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Sizes of a structural case; the defaults are those of the promises."""
-
-    num_sequences: int
-    length: int = 256
-    student_width: int = 768
-    teacher_width: int = 1600
-    num_words: int = 195
-    num_phrases: int = 75
-
-    def __str__(self) -> str:
-        return f"{self.num_sequences}x{self.length}"
-
-
-class RaggedSpans(NamedTuple):
-    """What :class:`mta_ds.losses.mta.Spans` asks for."""
-
-    ranges: Tensor
-    cu_spans: Tensor
-
-
-class Inputs(NamedTuple):
-    """Seeded states of three key layers."""
-
-    student: list[Tensor]
-    """[n, d_S], requiring grad."""
-    teacher: list[Tensor]
-    """[n, d_T]"""
-    projections: list[Tensor]
-    """[d_T, d_S], requiring grad."""
-    cu_seqlens: Tensor
-    spans: dict[str, RaggedSpans]
-
-
-def make_inputs(size: Size, dtype: torch.dtype) -> Inputs:
-    """Random states, and words and phrases as an instruction record has them."""
-    generator = torch.Generator().manual_seed(0)
-    num_tokens = size.num_sequences * size.length
-
-    def states(rows: int, width: int, requires_grad: bool, scale: float = 1.0) -> list[Tensor]:
-        each = [torch.randn(rows, width, generator=generator).mul_(scale).to(dtype) for _ in GRANULARITIES]
-        return [x.requires_grad_(requires_grad) for x in each]
-
-    draw = random.Random(0)
-    words = [word_spans(size, draw) for _ in range(size.num_sequences)]
-    phrases = [phrase_spans(size, draw) for _ in range(size.num_sequences)]
-    return Inputs(
-        student=states(num_tokens, size.student_width, True),
-        teacher=states(num_tokens, size.teacher_width, False),
-        projections=states(size.teacher_width, size.student_width, True, scale=size.student_width**-0.5),
-        cu_seqlens=torch.arange(0, num_tokens + 1, size.length),
-        spans={"word": concatenate(words, size.length), "phrase": concatenate(phrases, size.length)},
-    )
-
-
-def word_spans(size: Size, draw: random.Random) -> list[tuple[int, int]]:
-    """Words of one or two tokens that tile the sequence."""
-    lengths = [1] * size.num_words
-    for longer in draw.sample(range(size.num_words), size.length - size.num_words):
-        lengths[longer] = 2
-    ends = [sum(lengths[: i + 1]) for i in range(size.num_words)]
-    return [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-
-
-def phrase_spans(size: Size, draw: random.Random) -> list[tuple[int, int]]:
-    """Phrases of two to six tokens, some of them inside others."""
-    spans: set[tuple[int, int]] = set()
-    while len(spans) < size.num_phrases:
-        length = draw.randint(2, 6)
-        start = draw.randint(0, size.length - length)
-        spans.add((start, start + length))
-    return sorted(spans, key=lambda span: (span[0], -span[1]))
-
-
-def concatenate(sequences: list[list[tuple[int, int]]], length: int) -> RaggedSpans:
-    """Spans of every sequence, shifted to where it stands in the concatenation."""
-    ranges = [(start + i * length, end + i * length) for i, spans in enumerate(sequences) for start, end in spans]
-    counts = torch.tensor([0] + [len(spans) for spans in sequences])
-    return RaggedSpans(torch.tensor(ranges), counts.cumsum(0))
 
 
 Gradients = tuple[Tensor, ...]
 
 
-def make_published(size: Size, dtype: torch.dtype) -> Work:
-    """Forward and backward of the published formulation; returns loss and gradients."""
+def make_published(size: Size, dtype: torch.dtype, in_fp32: bool = False) -> Work:
+    """Forward and backward of the published formulation; returns loss and gradients.
+
+    In bf16 it rounds scores and similarities as its code does, or, with ``in_fp32``, computes on the same inputs in
+    fp32: that is the accuracy that ours has.
+    """
     inputs = make_inputs(size, dtype)
     shape = (size.num_sequences, size.length)
     mask = torch.ones(shape, dtype=torch.bool)
@@ -136,7 +56,10 @@ def make_published(size: Size, dtype: torch.dtype) -> Work:
 
     def run() -> tuple[Tensor, Gradients]:
         student, teacher = ([x.unflatten(0, shape) for x in side] for side in (inputs.student, inputs.teacher))
-        loss = published_loss(student, teacher, inputs.projections, mask, spans)
+        projections = inputs.projections
+        if in_fp32:
+            student, teacher, projections = ([x.float() for x in each] for each in (student, teacher, projections))
+        loss = published_loss(student, teacher, projections, mask, spans)
         return loss.detach(), torch.autograd.grad(loss, [*inputs.student, *inputs.projections])
 
     return run
@@ -194,6 +117,25 @@ def check_equality(size: Size) -> Row:
     return bounded("published and ours: worst relative difference of value and gradients", worst, "<=", TOLERANCE, "")
 
 
+def rounding(size: Size) -> list[Row]:
+    """What bf16 costs in digits: both against the same inputs in fp32, relative to value and gradients' norms."""
+    value, gradients = make_published(size, torch.bfloat16, True)()
+    rows = []
+    for name, work in (
+        ("published", make_published(size, torch.bfloat16)),
+        ("ours", make_ours(size, torch.bfloat16, "weighted_mean")),
+    ):
+        got, found = work()
+        errors = [
+            float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, gradients, strict=True)
+        ]
+        rows += [
+            Row(f"bf16 {size} {name}: error of the value", abs(float(got - value) / float(value)), ""),
+            Row(f"bf16 {size} {name}: worst error of a gradient", max(errors), ""),
+        ]
+    return rows
+
+
 def structural(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
     """The whole structural loss of three key layers against published formulation and floor."""
     if small:
@@ -202,6 +144,8 @@ def structural(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
     else:
         sizes, eighth = [Size(16), Size(64)], Size(8)
     rows = [check_equality(sizes[0] if small else Size(4))]
+    if dtype == torch.bfloat16:
+        rows += rounding(sizes[0] if small else Size(4))
     bounds = {16: (2.5, 1 / 3), 64: (6.0, 1 / 6)}
     for size in sizes:
         contestants = {
@@ -210,6 +154,8 @@ def structural(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
             "sequence_mean": (make_ours, size, dtype, "sequence_mean"),
             "floor": (make_floor, size, dtype),
         }
+        if dtype == torch.bfloat16:
+            contestants["published in fp32"] = (make_published, size, dtype, True)
         if size is sizes[-1]:
             contestants["eighth"] = (make_ours, eighth, dtype, "sequence_mean")
         results = measure(contestants, repeats)
@@ -247,6 +193,9 @@ def structural_rows(
             bounded(f"{label} time ours, {name} / floor", time_ratio(ours, floor), "<=", above_floor),
             bounded(f"{label} extra memory ours, {name} / published", memory_ratio, "<=", smaller),
         ]
+        if exact := results.get("published in fp32"):
+            ratio = time_ratio(exact, ours)
+            rows.append(bounded(f"{label} time published in fp32 / ours in bf16, {name}", ratio, ">=", faster))
     return rows
 
 
