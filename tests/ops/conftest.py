@@ -1,19 +1,14 @@
-"""Triton kernels run on CPU tensors here, by its interpreter, chosen before a kernel's module is first imported.
+"""Each op on every backend: Triton's kernels by its interpreter, which ``tests/conftest.py`` has chosen.
 
 On a machine with a GPU they are compiled, and run for real in test_gpu.py.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from mta_ds.ops.backend import Backend, force
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(params=["torch", "triton"])
