@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation, dot
+from mta_ds.ops.kernels.launch import Specialisation, dot, gram_tile
 from mta_ds.ops.layout import beside, tiles
 from mta_ds.ops.span_pool import segment_sums
 
@@ -29,19 +29,10 @@ def _cosines(
     states, rows, row_mask, row_inverse, columns, column_mask, column_inverse, num_features,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    features = tl.arange(0, FEATURES)
-    tile = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, num_features, FEATURES):
-        inside = first + features < num_features
-        ours = tl.load(
-            states + rows[:, None].to(tl.int64) * num_features + (first + features)[None, :],
-            mask=row_mask[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
-        theirs = tl.load(
-            states + columns[None, :].to(tl.int64) * num_features + (first + features)[:, None],
-            mask=column_mask[None, :] & inside[:, None], other=0.0,
-        )  # fmt: skip
-        tile = dot(ours, theirs, tile, PRECISION)
+    tile = gram_tile(
+        states, rows, row_mask, columns, column_mask, num_features, num_features,
+        PRECISION, ROWS, COLUMNS, FEATURES,
+    )  # fmt: skip
     return tile * row_inverse[:, None] * column_inverse[None, :]
 
 

@@ -36,6 +36,28 @@ def dot(a, b, total, PRECISION: tl.constexpr):
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
+@triton.jit
+def gram_tile(
+    states, rows, row_mask, columns, column_mask, stride, num_features,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Inner products [ROWS, COLUMNS] of some rows of ``states`` with others; 0 where a mask is off."""
+    features = tl.arange(0, FEATURES)
+    tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, num_features, FEATURES):
+        inside = first + features < num_features
+        ours = tl.load(
+            states + rows[:, None].to(tl.int64) * stride + (first + features)[None, :],
+            mask=row_mask[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        theirs = tl.load(
+            states + columns[None, :].to(tl.int64) * stride + (first + features)[:, None],
+            mask=column_mask[None, :] & inside[:, None], other=0.0,
+        )  # fmt: skip
+        tile = dot(ours, theirs, tile, PRECISION)
+    return tile
+
+
 def block_size(width: int, most: int) -> int:
     """The block of features a program works on at once: a power of two, 16 at least, ``most`` at most."""
     return max(16, min(most, triton.next_power_of_2(width)))

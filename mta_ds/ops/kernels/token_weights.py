@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation, block_size, dot, precision
+from mta_ds.ops.kernels.launch import Specialisation, block_size, gram_tile, precision
 from mta_ds.ops.layout import beside, tiles
 from mta_ds.ops.reference import STD_EPSILON
 
@@ -49,19 +49,10 @@ def _score_tile(
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """S [ROWS, COLUMNS] of a tile; -inf on the diagonal and beyond the sequence."""
-    features = tl.arange(0, FEATURES)
-    tile = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, num_features, FEATURES):
-        inside = first + features < num_features
-        ours = tl.load(
-            hidden + rows[:, None].to(tl.int64) * stride + (first + features)[None, :],
-            mask=row_mask[:, None] & inside[None, :], other=0.0,
-        )  # fmt: skip
-        theirs = tl.load(
-            hidden + columns[None, :].to(tl.int64) * stride + (first + features)[:, None],
-            mask=column_mask[None, :] & inside[:, None], other=0.0,
-        )  # fmt: skip
-        tile = dot(ours, theirs, tile, PRECISION)
+    tile = gram_tile(
+        hidden, rows, row_mask, columns, column_mask, stride, num_features,
+        PRECISION, ROWS, COLUMNS, FEATURES,
+    )  # fmt: skip
     tile *= row_scales[:, None] * tl.load(scales + columns, mask=column_mask, other=0.0)[None, :]
     return tl.where(column_mask[None, :] & (rows[:, None] != columns[None, :]), tile, -float("inf"))
 
