@@ -299,7 +299,56 @@ def divergence(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
     return rows
 
 
-CASES = {"structural": structural, "single_ops": single_ops, "divergence": divergence}
+def make_fdd(num_key_layers: int, size: VocabularySize, dtype: torch.dtype) -> Work:
+    """Divergence and, before it, FDD's terms at so many key layers; its backward ends at the states and the head."""
+    torch.manual_seed(0)
+    states = [[torch.randn(size.tokens, size.width).to(dtype) for _ in range(num_key_layers + 1)] for _ in range(2)]
+    heads = [torch.randn(size.vocabulary, size.width).mul_(size.width**-0.5).to(dtype) for _ in range(2)]
+    targets = torch.randint(size.vocabulary, (size.tokens,))
+    trained = [x.requires_grad_() for x in (*states[0], heads[0])]
+
+    def run() -> Gradients:
+        head_gradient = ops.HeadGradient(heads[0])
+        loss = torch.zeros(())
+        for layer in range(num_key_layers):
+            before = (states[0][layer - 1], states[1][layer - 1]) if layer else None
+            found = ops.align_trajectory(
+                states[0][layer],
+                states[1][layer],
+                before,
+                *heads,
+                temperature=2.0,
+                kl_factor=0.5,
+                derivative_factor=0.5,
+                head_gradient=head_gradient,
+            )
+            loss = loss + ops.attach_trajectory(states[0][layer], before and before[0], found)
+        final = (states[0][-1], heads[0], states[1][-1], heads[1], targets, Divergence("fkl"))
+        loss = loss + linear_divergence(*final, head_gradient=head_gradient).loss + head_gradient.attach()
+        return torch.autograd.grad(loss, trained)
+
+    return run
+
+
+def fdd(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
+    """FDD at three key layers and the divergence, against the divergence alone."""
+    size = VocabularySize(64, 16, 512) if small else VocabularySize(2048, 576, 49152)
+    both = {"plain": (make_divergence, False, "fkl", size, dtype), "fdd": (make_fdd, 3, size, dtype)}
+    results = measure(both, repeats)
+    plain, ours = results["plain"], results["fdd"]
+    label = f"{name_of(dtype)} {size.tokens} tokens x {size.vocabulary} fdd, 3 key layers"
+    memory_ratio = ours.extra_bytes / max(1, plain.extra_bytes)
+    return [
+        Row(f"{label}: the divergence alone", plain.median_seconds, "s"),
+        Row(f"{label}: the divergence alone: extra memory", plain.extra_bytes / 1e6, "MB"),
+        Row(f"{label}", ours.median_seconds, "s"),
+        Row(f"{label}: extra memory", ours.extra_bytes / 1e6, "MB"),
+        Row(f"{label}: time / divergence alone (bare products: 6)", time_ratio(ours, plain), "×"),
+        bounded(f"{label}: extra memory / divergence alone", memory_ratio, "<=", None if small else 1.15),
+    ]
+
+
+CASES = {"structural": structural, "single_ops": single_ops, "divergence": divergence, "fdd": fdd}
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -7,27 +7,34 @@ accumulate in fp32 in an order that never changes, and wait for no GPU.
 
 from mta_ds.ops.divergence import Divergence, DivergenceName, divergence_values
 from mta_ds.ops.dsa import dsa
+from mta_ds.ops.head_gradient import HeadGradient
 from mta_ds.ops.hid import hid
 from mta_ds.ops.key_layer import LayerGradients, LayerTerms, align_layer, attach
 from mta_ds.ops.layout import SpanLayout
-from mta_ds.ops.linear_divergence import LinearDivergence, linear_divergence
+from mta_ds.ops.linear_divergence import LinearDivergence, label_log_probs, linear_divergence
 from mta_ds.ops.reference import covered_tokens
 from mta_ds.ops.span_pool import normalise_within, span_pool, span_weights
 from mta_ds.ops.token_weights import token_weights
+from mta_ds.ops.trajectory import TrajectoryGradients, align_trajectory, attach_trajectory
 
 __all__ = [
     "Divergence",
     "DivergenceName",
+    "HeadGradient",
     "LayerGradients",
     "LayerTerms",
     "LinearDivergence",
     "SpanLayout",
+    "TrajectoryGradients",
     "align_layer",
+    "align_trajectory",
     "attach",
+    "attach_trajectory",
     "covered_tokens",
     "divergence_values",
     "dsa",
     "hid",
+    "label_log_probs",
     "linear_divergence",
     "normalise_within",
     "span_pool",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -71,16 +72,17 @@ class Divergence:
         return self.name
 
 
-def divergence_values(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
+def divergence_values(log_q: Tensor, log_p: Tensor, divergence: Divergence, alphas: Tensor | None = None) -> Tensor:
     """Per-token values [m] by definition (METHOD §8), differentiable in ``log_q``.
 
     Args:
         log_q, log_p: log-probabilities [m, V] of student and teacher, float32 or float64.
+        alphas: [m], α of ``skl`` and ``srkl`` in each row instead of the divergence's own.
 
     Raises:
         ValueError: ``sft``, which compares with a label and not with a distribution.
     """
-    alpha, beta = divergence.alpha, divergence.beta
+    alpha, beta = _alpha(divergence, alphas), divergence.beta
     match divergence.formula:
         case "fkl":
             return _kl(log_p, log_q)
@@ -108,6 +110,7 @@ def divergence_rows(
     divergence: Divergence,
     values: Tensor,
     gradient: Tensor | None,
+    alphas: Tensor | None = None,
 ) -> None:
     """Fill ``values`` [2 or 3, m] with divergence, cross-entropy and teacher entropy, and ``gradient`` [m, V].
 
@@ -116,19 +119,21 @@ def divergence_rows(
         targets, weights: [m]; None: every weight is 1.
         values: with a third row the teacher's entropy is computed.
         gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
+        alphas: [m], α of each row, in the logits' dtype; None: the divergence's own.
     """
     block_bytes = _GPU_BLOCK_BYTES if student.is_cuda else _BLOCK_BYTES
     block = max(1, block_bytes // (student.shape[1] * student.element_size()))
     for first in range(0, len(student), block):
         part = slice(first, first + block)
         _block(
-            _log_softmax_(student[part]),
-            None if teacher is None else _log_softmax_(teacher[part]),
+            log_softmax_(student[part]),
+            None if teacher is None else log_softmax_(teacher[part]),
             targets[part],
             None if weights is None else weights[part],
             divergence,
             values[:, part],
             None if gradient is None else gradient[part],
+            None if alphas is None else alphas[part],
         )
 
 
@@ -140,6 +145,7 @@ def _block(
     divergence: Divergence,
     values: Tensor,
     gradient: Tensor | None,
+    alphas: Tensor | None,
 ) -> None:
     """``divergence_rows`` from log-probabilities; overwrites both."""
     torch.neg(log_q.gather(1, targets[:, None])[:, 0], out=values[1])
@@ -150,9 +156,9 @@ def _block(
     if log_p is None or divergence.name == "sft":
         values[0] = 0
     elif gradient is not None and ratio > 0:
-        values[0], slope = divergence_gradients(log_q, log_p, divergence)
+        values[0], slope = divergence_gradients(log_q, log_p, divergence, alphas)
     else:
-        values[0] = divergence_values(log_q, log_p, divergence)
+        values[0] = divergence_values(log_q, log_p, divergence, alphas)
     if gradient is None:
         return
     if ratio < 1:
@@ -163,7 +169,9 @@ def _block(
     gradient.copy_(slope if weights is None else slope.mul_(weights[:, None]))
 
 
-def divergence_gradients(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+def divergence_gradients(
+    log_q: Tensor, log_p: Tensor, divergence: Divergence, alphas: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Per-token values [m] and their gradients with respect to the student's logits [m, V], in closed form.
 
     With g = ∂value/∂log q, q held fixed as a factor, the gradient through the softmax is g - q Σ g.
@@ -171,20 +179,23 @@ def divergence_gradients(log_q: Tensor, log_p: Tensor, divergence: Divergence) -
     Args:
         log_q: the student's log-probabilities [m, V]; left as they are.
         log_p: the teacher's; overwritten, since such a matrix is what the memory of the loss is made of.
+        alphas: [m], α of each row instead of the divergence's own.
     """
     if divergence.formula == "fkl":  # Σ g = -1, so all that is left is q - p
         p = log_p.exp()
         values = log_p.sub_(log_q).mul_(p).sum(-1)
         return values, torch.exp(log_q, out=log_p).sub_(p)
     q = log_q.exp()
-    values, slope = _values_and_slopes(q, log_q, log_p, divergence)
+    values, slope = _values_and_slopes(q, log_q, log_p, divergence, _alpha(divergence, alphas))
     weighted = slope.mul_(q)
     return values, weighted.sub_(q.mul_(weighted.sum(-1, keepdim=True)))
 
 
-def _values_and_slopes(q: Tensor, log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+def _values_and_slopes(
+    q: Tensor, log_q: Tensor, log_p: Tensor, divergence: Divergence, alpha: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Values [m] and ∂value/∂q [m, V], up to a constant in each row (the softmax removes it); overwrites ``log_p``."""
-    alpha, beta, name = divergence.alpha, divergence.beta, divergence.formula
+    beta, name = divergence.beta, divergence.formula
     if name == "rkl":
         ratio = torch.sub(log_q, log_p, out=log_p)
         return _dot(q, ratio), ratio
@@ -203,10 +214,15 @@ def _values_and_slopes(q: Tensor, log_q: Tensor, log_p: Tensor, divergence: Dive
     assert name == "srkl", name
     ratio = torch.sub(log_q, _log_of_mixture(q, p, alpha), out=log_p)
     values = _dot(q, ratio)
-    return values, ratio if divergence.detach_mixture else ratio.sub_(ratio.exp(), alpha=alpha)
+    return values, ratio if divergence.detach_mixture else ratio.sub_(ratio.exp().mul_(alpha))
 
 
-def _log_softmax_(logits: Tensor) -> Tensor:
+def _alpha(divergence: Divergence, alphas: Tensor | None) -> float | Tensor:
+    """α of every row, or of each as a column [m, 1]."""
+    return divergence.alpha if alphas is None else alphas[:, None]
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
     """In place, the sum of a long row by halves: torch's own adds it up in order and loses two digits of 256k terms."""
     logits.sub_(logits.amax(-1, keepdim=True))
     return logits.sub_(logits.exp().sum(-1, keepdim=True).log_())
@@ -216,13 +232,15 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+def _log_mixture(log_a: Tensor, log_b: Tensor, share: float | Tensor) -> Tensor:
     """log(share · a + (1 - share) · b), exact however small a and b are."""
-    log_share = torch.tensor([share, 1 - share], dtype=torch.float64).log().tolist()
-    return torch.logaddexp(log_a + log_share[0], log_b + log_share[1])
+    if isinstance(share, Tensor):
+        share = share.to(log_a.dtype)
+        return torch.logaddexp(log_a + share.log(), log_b + (-share).log1p())
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 
-def _log_of_mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
+def _log_of_mixture(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
     """The same from probabilities, in one pass less; where both underflow the result has no weight, but is finite."""
     return torch.lerp(b, a, share).clamp_min_(torch.finfo(a.dtype).tiny).log_()
 

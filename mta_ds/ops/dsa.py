@@ -10,10 +10,10 @@ from torch import Tensor
 from mta_ds.ops.arguments import check_bounds, check_rows, check_teacher, check_together, check_vector
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.layout import beside, row_blocks, runs
-from mta_ds.ops.products import accumulating
+from mta_ds.ops.products import accumulating, gram
 
-# Pairs of spans of a CPU at once: 1 MB in fp32 stays in a core's cache until its gradient is made.
-_BLOCK_PAIRS = 1 << 18
+# Pairs of spans of a CPU at once: 2 MB in fp32 stay in cache until their gradient is made.
+_BLOCK_PAIRS = 1 << 19
 
 
 class Aligned(NamedTuple):
@@ -86,13 +86,12 @@ def align(student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> 
         return Aligned(
             *kernels.align(student, teacher, _inverse_norm(student), _inverse_norm(teacher), omega, cu_spans)
         )
-    gradient, along = torch.empty_like(student), torch.empty_like(omega)
+    gradient = torch.empty_like(student)
     ours, theirs = _inverse_norm(student), _inverse_norm(teacher)
     sums = omega.new_zeros(len(cu_spans) - 1, 2)
     for first, run in runs(cu_spans, _BLOCK_PAIRS):
-        spans = _Run(*(run.of(each) for each in (student, teacher, ours, theirs, omega, gradient, along)))
+        spans = _Run(*(run.of(each) for each in (student, teacher, ours, theirs, omega, gradient)))
         sums[first : first + run.num_segments] = _align_run(spans)
-    gradient.addcmul_(student, along[:, None], value=-1).mul_(4 * ours[:, None])
     values, normalisers = sums.unbind(dim=1)
     return Aligned(values, normalisers, gradient)
 
@@ -106,22 +105,20 @@ class _Run(NamedTuple):
     theirs: Tensor
     omega: Tensor
     gradient: Tensor
-    along: Tensor
 
 
 def _align_run(spans: _Run) -> Tensor:
-    """[X, Z] of each sequence [c, 2]; fills ``gradient`` and ``along``, which :func:`align` puts together.
+    """[X, Z] of each sequence [c, 2]; writes ``gradient``.
 
     With Û the unit rows and c_ij = ω_i ω_j (cos^S_ij - cos^T_ij), ∂X/∂Û_i = 4 Σ_j c_ij Û_j =: 4 G_i, and through the
-    normalisation ∂X/∂U_i = 4 (G_i - Û_i <Û_i, G_i>) / ||U_i|| with <Û_i, G_i> = Σ_j c_ij cos^S_ij. Norms scale pairs,
-    which are fewer than features.
+    normalisation ∂X/∂U_i = 4 (G_i - Û_i <Û_i, G_i>) / ||U_i|| with <Û_i, G_i> = Σ_j c_ij cos^S_ij: one product, where
+    c_ii, else 0, is minus that. Norms scale pairs, which are fewer than features.
     """
-    student, teacher, ours, theirs, omega, gradient, along = spans
+    student, teacher, ours, theirs, omega, gradient = spans
     count, length, _ = student.shape
     sums = omega.new_zeros(count, 2)
     for rows in row_blocks(length, _BLOCK_PAIRS // max(1, count * length)):
-        cosine = torch.bmm(student[:, rows], student.mT).mul_(ours[:, rows, None]).mul_(ours[:, None])
-        gap = torch.bmm(teacher[:, rows], teacher.mT).mul_(theirs[:, rows, None]).mul_(theirs[:, None])
+        cosine, gap = _cosines(student, ours, rows), _cosines(teacher, theirs, rows)
         gap.neg_().add_(cosine)
         pair = omega[:, rows, None] * omega[:, None]
         # the diagonal goes by its weight: a zero vector's cosine with itself is 0, not 1
@@ -129,13 +126,20 @@ def _align_run(spans: _Run) -> Tensor:
         sums[:, 1] += pair.sum(dim=(1, 2))
         slope = pair.mul_(gap)
         sums[:, 0] += gap.mul_(slope).sum(dim=(1, 2))
-        along[:, rows] = cosine.mul_(slope).sum(dim=2).mul_(ours[:, rows])
-        towards = torch.bmm(slope.mul_(ours[:, None]), student)
-        gradient[:, rows] = towards
+        slope.diagonal(offset=rows.start, dim1=1, dim2=2).copy_(cosine.mul_(slope).sum(dim=2).neg_())
+        slope.mul_(4 * ours[:, rows, None]).mul_(ours[:, None])
+        torch.bmm(slope, student, out=gradient[:, rows])
     return sums
+
+
+def _cosines(states: Tensor, inverse_norms: Tensor, rows: slice) -> Tensor:
+    """Cosines [c, rows, K] of some states of c sequences [c, K, d] with all of their own sequence."""
+    whole = rows == slice(0, states.shape[1])
+    products = gram(states) if whole else torch.bmm(states[:, rows], states.mT)
+    return products.mul_(inverse_norms[:, rows, None]).mul_(inverse_norms[:, None])
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / ||row||, and 0 for a zero row: it has no direction, and no gradient."""
-    norm = torch.linalg.vector_norm(x, dim=1)
-    return torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norm.reciprocal().masked_fill_(~(norm > 0), 0.0)

@@ -97,7 +97,7 @@ class Projector:
         for first in range(0, len(weights), max(1, size)):
             chunk = slice(first, min(first + size, len(weights)))
             rows = chunk if tokens is None else tokens[chunk]
-            ours = student[rows].to(self._dtype)
+            ours = _rows_of(student, rows).to(self._dtype)
             values[chunk] = self._way(ours, teacher, rows, weights[chunk], gradient[chunk])
         return values.sum()
 
@@ -115,25 +115,32 @@ def gram_pays(num_tokens: int, d_teacher: int, d_student: int) -> bool:
     return d_teacher > 2 * d_student * (1 + d_teacher / max(1, num_tokens))
 
 
+def _rows_of(x: Tensor, rows: slice | Tensor, room: Tensor | None = None) -> Tensor:
+    """A view of neighbouring rows, or a copy of chosen ones, in ``room`` if there is any."""
+    return x[rows] if isinstance(rows, slice) else torch.index_select(x, 0, rows, out=room)
+
+
 class _Direct:
     """Project up: P = h Wᵀ, and ∂/∂P back through W."""
 
     def __init__(self, projection: Tensor) -> None:
         self._projection = projection
         self._total = torch.zeros_like(projection, dtype=accumulating(projection[:0]).dtype)
-        self._buffer = self._total.new_empty(0, len(projection))
+        self._rooms: dict[str, Tensor] = {}
 
     def __call__(
         self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
     ) -> Tensor:
         """Values [c] of a chunk; its gradient into ``gradient`` [c, d_S], the projection's is added up."""
-        projected = product(student, self._projection.T, self._room(student))
+        projected = product(student, self._projection.T, self._room("projected", student))
         if backend_of(student) == "triton" and student.dtype != torch.float64:
             import mta_ds.ops.kernels.hid as kernels
 
             values, towards = kernels.distances(projected, teacher, rows, weights, student.dtype)
         else:
-            values, towards = _distances(projected, accumulating(teacher[rows]), weights)
+            room = None if isinstance(rows, slice) else self._room("teacher", student, teacher.dtype)
+            theirs = accumulating(_rows_of(teacher, rows, room))
+            values, towards = _distances(projected, theirs, weights, self._room("products", student))
         towards = towards.to(student.dtype)
         add_product(self._total, towards.T, student)
         if gradient.dtype == student.dtype:
@@ -145,13 +152,18 @@ class _Direct:
     def projection_gradient(self) -> Tensor:
         return self._total
 
-    def _room(self, student: Tensor) -> Tensor | None:
-        """Memory for the projected chunk, the same for all; a GPU's allocator does that itself."""
+    def _room(self, name: str, student: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Memory [c, d_T] that all chunks share: on a CPU, writing to fresh memory takes longer than most sums.
+
+        A GPU's allocator does that itself.
+        """
         if student.is_cuda:
             return None
-        if len(self._buffer) < len(student):
-            self._buffer = self._buffer.new_empty(len(student), self._buffer.shape[1])
-        return self._buffer[: len(student)]
+        room = self._rooms.get(name)
+        if room is None or len(room) < len(student):
+            room = self._total.new_empty(len(student), len(self._projection), dtype=dtype)
+            self._rooms[name] = room
+        return room[: len(student)]
 
 
 class _ThroughGram:
@@ -167,7 +179,7 @@ class _ThroughGram:
         self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
     ) -> Tensor:
         """As :class:`_Direct`."""
-        theirs = teacher[rows].to(student.dtype)
+        theirs = _rows_of(teacher, rows).to(student.dtype)
         down, through = torch.mm(theirs, self._projection), torch.mm(student, self._gram)
         square = (student * through).sum(dim=1).clamp_min_(0)
         values, along, back = _slopes(
@@ -183,10 +195,12 @@ class _ThroughGram:
         return self._total.addmm_(self._projection, self._outer)
 
 
-def _distances(projected: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """w (1 - cos(P, T)) of each row [c] and its gradient to P [c, d_T], written over ``projected``."""
+def _distances(
+    projected: Tensor, teacher: Tensor, weights: Tensor, room: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """w (1 - cos(P, T)) of each row [c] and its gradient to P [c, d_T], written over ``projected``; P·T in ``room``."""
     ours, theirs = (torch.linalg.vector_norm(x, dim=1) for x in (projected, teacher))
-    values, along, back = _slopes((projected * teacher).sum(dim=1), ours, theirs, weights)
+    values, along, back = _slopes(torch.mul(projected, teacher, out=room).sum(dim=1), ours, theirs, weights)
     return values, projected.mul_(back[:, None]).addcmul_(teacher, along[:, None])
 
 
@@ -195,8 +209,8 @@ def _slopes(dot: Tensor, ours: Tensor, theirs: Tensor, weights: Tensor) -> tuple
 
     A zero vector's cosine is 0, and so is its gradient.
     """
-    nonzero = (ours > 0) & (theirs > 0)
-    inverse = torch.where(nonzero, 1 / torch.where(nonzero, ours * theirs, 1.0), 0.0)
+    zero = ~((ours > 0) & (theirs > 0))
+    inverse = (ours * theirs).reciprocal_().masked_fill_(zero, 0.0)
     cosine = dot * inverse
-    back = weights * cosine / torch.where(nonzero, ours.square(), 1.0)
+    back = (weights * cosine).div_(ours.square()).masked_fill_(zero, 0.0)
     return weights * (1 - cosine), -weights * inverse, back

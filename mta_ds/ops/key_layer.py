@@ -22,7 +22,7 @@ from mta_ds.ops.dsa import align
 from mta_ds.ops.hid import Projector
 from mta_ds.ops.layout import Group, SpanLayout, beside
 from mta_ds.ops.products import accumulating
-from mta_ds.ops.span_pool import normalise_within, pool, pool_gradient
+from mta_ds.ops.span_pool import Pooled, normalise_within, pool, pool_gradient
 from mta_ds.ops.token_weights import token_weights
 
 Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
@@ -124,29 +124,38 @@ def _align_group(
         student, teacher = accumulating(student), accumulating(teacher)
     weights = token_weights(teacher, layout.cu_seqlens)
     own = weights if student_weights == "teacher" else token_weights(student, layout.cu_seqlens)
-    theirs, ours = pool(teacher, weights, members), pool(student, own, members)
-    omega = normalise_within(theirs.mass, layout.cu_spans)
-    aligned = align(ours.states, theirs.states, omega, layout.cu_spans)
-    x, towards = aligned.values, aligned.gradient
-    if reduction == "sequence_mean":
-        inverse = torch.where(aligned.normalisers > 0, 1 / aligned.normalisers.clamp_min(_TINY), 0.0)
-        x, towards = x * inverse, towards.mul_(inverse[beside(layout.span_owner, x.device), None])
+    found.pool_weights[group.tokens] = own
+    x, normaliser = _align_spans(pool(student, own, members), pool(teacher, weights, members), group, found, reduction)
     covered = members.on("covered", student.device)
     covered_weights = weights[covered]
     if reduction != "paper":
-        covered_weights = normalise_within(covered_weights, layout.cu_covered)
+        covered_weights = normalise_within(covered_weights, layout.cu_covered, layout.covered_owner)
     tokens = None if len(covered) == len(student) else covered
     hid = projector.project(narrow, teacher, covered_weights, tokens, found.hid_tokens[group.covered])
-    found.pool_weights[group.tokens] = own
+    return LayerTerms(x, normaliser, hid, _finite(own, weights, x, hid))
+
+
+def _align_spans(
+    ours: Pooled, theirs: Pooled, group: Group, found: LayerGradients, reduction: Reduction
+) -> tuple[Tensor, Tensor]:
+    """DSA and its normaliser of some whole sequences; of the span states nothing is left when Hid needs its memory."""
+    layout, towards = group.layout, found.dsa_spans[group.spans]
+    omega = normalise_within(theirs.mass, layout.cu_spans, layout.span_owner)
+    x, normalisers, gradient = align(ours.states, theirs.states, omega, layout.cu_spans)
+    if reduction == "sequence_mean":
+        inverse = torch.where(normalisers > 0, 1 / normalisers.clamp_min(_TINY), 0.0)
+        x = x * inverse
+        torch.mul(gradient, inverse[beside(layout.span_owner, x.device), None], out=towards)
+    else:
+        towards.copy_(gradient)
     found.pool_mass[group.spans] = ours.mass
-    found.dsa_spans[group.spans] = towards
-    return LayerTerms(x.sum(), aligned.normalisers.sum(), hid, _finite(own, weights, x, hid))
+    return x.sum(), normalisers.sum()
 
 
 def _finite(own: Tensor, weights: Tensor, x: Tensor, hid: Tensor) -> Tensor:
     """Whether the student's and the teacher's states are: seen in their weights or, where shared, in the loss."""
     teacher = weights.sum().isfinite()
-    student = own.sum().isfinite() if own is not weights else (x.sum() + hid).isfinite() | ~teacher
+    student = own.sum().isfinite() if own is not weights else (x + hid).isfinite() | ~teacher
     return torch.stack([student, teacher]).to(weights.dtype)
 
 

@@ -42,13 +42,13 @@ class Membership:
     @cached_property
     def span_owners(self) -> Tensor:
         """int64 [pairs]: the span of each pair, span by span."""
-        return torch.repeat_interleave(torch.arange(len(self.spans)), self.spans[:, 1] - self.spans[:, 0])
+        return owners(self.span_offsets)
 
     @cached_property
     def span_tokens(self) -> Tensor:
         """int64 [pairs]: the token of each pair, span by span."""
-        owners = self.span_owners
-        return torch.arange(len(owners)) + (self.spans[:, 0] - self.span_offsets[:-1])[owners]
+        spans = self.span_owners
+        return torch.arange(len(spans)) + (self.spans[:, 0] - self.span_offsets[:-1])[spans]
 
     @cached_property
     def _by_token(self) -> Tensor:
@@ -116,7 +116,12 @@ class SpanLayout:
     @cached_property
     def span_owner(self) -> Tensor:
         """The sequence of each span, int64 [K]."""
-        return torch.repeat_interleave(torch.arange(len(self.cu_spans) - 1), self.cu_spans.diff())
+        return owners(self.cu_spans)
+
+    @cached_property
+    def covered_owner(self) -> Tensor:
+        """The sequence of each covered token, int64 [m]."""
+        return owners(self.cu_covered)
 
     def groups(self, num_tokens: int) -> list[Group]:
         """The batch as runs of whole sequences of about ``num_tokens``: what is worked on at once."""
@@ -151,6 +156,11 @@ class Group:
 def pairs(cu: Tensor) -> list[tuple[int, int]]:
     """[B + 1] bounds as B (start, end)."""
     return list(itertools.pairwise(cu.tolist()))
+
+
+def owners(cu: Tensor) -> Tensor:
+    """The segment of each value, int64 [N], of segments that ``cu`` [B + 1] bounds."""
+    return torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
 
 
 def tiles(cu: Tensor, size: int) -> Tensor:

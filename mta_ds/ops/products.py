@@ -7,6 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mta_ds.ops.layout import row_blocks
+
+# Rows of a Gram matrix at once: fewer are slower by more than symmetry saves.
+_STRIP_ROWS = 64
+
 
 def accumulating(x: Tensor) -> Tensor:
     """``x`` in the dtype of sums: fp32, or float64 if it is in that."""
@@ -44,6 +49,19 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total.add_(torch.mm(a, b) if _is_native(a) and not a.is_cuda else product(a, b))
+
+
+def gram(x: Tensor) -> Tensor:
+    """x xᵀ [c, n, n] of each [n, d] of a batch; symmetric, so each strip of rows is multiplied from its diagonal on."""
+    length = x.shape[1]
+    num_strips = length // _STRIP_ROWS
+    if num_strips < 2:
+        return torch.bmm(x, x.mT)
+    whole = x.new_empty(len(x), length, length)
+    for rows in row_blocks(length, -(-length // num_strips)):
+        whole[:, rows, rows.start :] = torch.bmm(x[:, rows], x[:, rows.start :].mT)
+        whole[:, rows.stop :, rows] = whole[:, rows, rows.stop :].mT
+    return whole
 
 
 def _is_native(x: Tensor) -> bool:

@@ -189,6 +189,48 @@ def hid(student: Tensor, projection: Tensor, teacher: Tensor, token_weights: Ten
     return _accumulating(token_weights.detach()) @ (1 - cosine)
 
 
+def trajectory(
+    student: Tensor,
+    teacher: Tensor,
+    previous: tuple[Tensor, Tensor] | None,
+    student_head: Tensor,
+    teacher_head: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Both terms of FDD at one key layer (METHOD §8), from whole logits.
+
+        KL(softmax(z^T/τ) ‖ softmax(z^S/τ))  and  1 - cos(Δ^S, Δ^T),   Δ = log softmax(z) - log softmax(z before)
+
+    Args:
+        student, student_head: [n, d_S] and [V, d_S].
+        teacher, teacher_head: [n, d_T] and [V, d_T], no gradient.
+        previous: the student's [n, d_S] and the teacher's [n, d_T] at the key layer before; None at the first.
+        temperature: τ.
+
+    Returns:
+        Both for each token [n], differentiable in student, previous and head; at the first key layer the second is 0.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a teacher that requires grad.
+    """
+    states = [(student, teacher)] if previous is None else [(student, teacher), previous]
+    logits: list[list[Tensor]] = []
+    for name, head, side in zip(
+        ("student", "teacher"), (student_head, teacher_head), zip(*states, strict=True), strict=True
+    ):
+        for hidden in side:
+            check_rows(name, hidden, len(student))
+            if name == "teacher":
+                check_teacher(name, hidden)
+        logits.append([_accumulating(hidden) @ _accumulating(head).T for hidden in side])
+    log_q, log_p = ((side[0] / temperature).log_softmax(-1) for side in logits)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    if previous is None:
+        return kl, torch.zeros_like(kl)
+    ours, theirs = (now.log_softmax(-1) - before.log_softmax(-1) for now, before in logits)
+    return kl, 1 - (_unit(ours) * _unit(theirs)).sum(-1)
+
+
 def _range_sums(values: Tensor, ranges: Tensor) -> Tensor:
     """Σ of ``values`` [N] over each half-open range [K, 2] of them, [K]."""
     _, tokens = _members(ranges)

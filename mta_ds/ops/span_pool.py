@@ -10,7 +10,7 @@ from torch.nn.functional import embedding_bag
 
 from mta_ds.ops.arguments import check_bounds, check_rows, check_together, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import Membership, beside
+from mta_ds.ops.layout import Membership, beside, owners
 from mta_ds.ops.products import accumulating
 
 
@@ -67,9 +67,9 @@ def pool(hidden: Tensor, weights: Tensor, members: Membership) -> Pooled:
 
         return Pooled(*kernels.pool(hidden, weights, members.on("spans", hidden.device, torch.int32)))
     names = ("span_tokens", "span_owners", "span_offsets")
-    tokens, owners, offsets = (members.on(name, hidden.device) for name in names)
+    tokens, spans, offsets = (members.on(name, hidden.device) for name in names)
     mass = _bags(weights[:, None], tokens, offsets)[:, 0]
-    return Pooled(_bags(accumulating(hidden), tokens, offsets, weights[tokens] * _inverse(mass)[owners]), mass)
+    return Pooled(_bags(accumulating(hidden), tokens, offsets, weights[tokens] * _inverse(mass)[spans]), mass)
 
 
 def pool_gradient(
@@ -87,8 +87,8 @@ def pool_gradient(
         spans, offsets = (members.on(name, upstream.device, torch.int32) for name in names)
         return kernels.pool_gradient(upstream * inverse[:, None], weights, spans, offsets)
     pairs = ("token_spans", "token_owners", "token_offsets")
-    spans, owners, offsets = (members.on(name, upstream.device) for name in pairs)
-    return _bags(accumulating(upstream), spans, offsets, weights[owners] * inverse[spans])
+    spans, tokens, offsets = (members.on(name, upstream.device) for name in pairs)
+    return _bags(accumulating(upstream), spans, offsets, weights[tokens] * inverse[spans])
 
 
 def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
@@ -111,12 +111,18 @@ def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
     return normalise_within(_bags(accumulating(weights.detach())[:, None], tokens, offsets)[:, 0], cu_spans)
 
 
-def normalise_within(values: Tensor, cu: Tensor) -> Tensor:
-    """Each value's share of the sum over its own segment; ``cu`` [B + 1] bounds the segments of ``values`` [N]."""
+def normalise_within(values: Tensor, cu: Tensor, owner: Tensor | None = None) -> Tensor:
+    """Each value's share of the sum over its own segment.
+
+    Args:
+        values: [N].
+        cu: bounds of the segments, int64 [B + 1] on the CPU.
+        owner: the segment of each value, int64 [N] on the CPU, where that is known already.
+    """
     check_vector("values", values, len(values))
     check_bounds("cu", cu, len(values))
     totals = segment_sums(values, cu)
-    owner = torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
+    owner = owners(cu) if owner is None else owner
     return values * _inverse(totals)[beside(owner, values.device)]
 
 
@@ -135,4 +141,4 @@ def _bags(rows: Tensor, members: Tensor, offsets: Tensor, weights: Tensor | None
 
 def _inverse(x: Tensor) -> Tensor:
     """1 / x, and 0 for 0."""
-    return torch.where(x == 0, 0.0, 1 / torch.where(x == 0, 1.0, x))
+    return x.reciprocal().masked_fill_(x == 0, 0.0)

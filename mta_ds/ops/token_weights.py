@@ -8,11 +8,11 @@ from torch import Tensor
 from mta_ds.ops.arguments import check_bounds, check_rows
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.layout import row_blocks, runs
-from mta_ds.ops.products import accumulating
+from mta_ds.ops.products import accumulating, gram
 from mta_ds.ops.reference import STD_EPSILON
 
-# Scores of a CPU at once, 1 MB in fp32, and tokens whose deviations are found at once.
-_BLOCK_SCORES = 1 << 18
+# Scores of a CPU at once, 2 MB in fp32, and tokens that are centred at once.
+_BLOCK_SCORES = 1 << 19
 _BLOCK_TOKENS = 1024
 
 
@@ -37,37 +37,47 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         import mta_ds.ops.kernels.token_weights as kernels
 
         return kernels.token_weights(hidden, cu_seqlens)
-    if not len(hidden):
-        return hidden.new_empty(0, dtype=accumulating(hidden).dtype)
-    scales = torch.cat([_scales(accumulating(hidden[block])) for block in row_blocks(len(hidden), _BLOCK_TOKENS)])
-    weights = torch.empty_like(scales)
+    weights = hidden.new_empty(len(hidden), dtype=accumulating(hidden[:0]).dtype)
     for _, run in runs(cu_seqlens, _BLOCK_SCORES):
-        received = _attention_received(accumulating(run.of(hidden)), run.of(scales))
-        weights[run.rows] = received.view(-1)
+        weights[run.rows] = _attention_received(accumulating(run.of(hidden))).view(-1)
     return weights
 
 
-def _scales(hidden: Tensor) -> Tensor:
-    """d^-¼ / (std(H_t) + 1e-5) of each token [n]; two of them scale a score, which are fewer than features."""
-    num_features = hidden.shape[1]
-    # torch.std takes twenty times as long, as long as the scores; a single feature has no deviation
-    centred = hidden - hidden.mean(dim=1, keepdim=True)
-    unbiased = (num_features - 1) ** -0.5 if num_features > 1 else float("nan")
-    deviation = torch.linalg.vector_norm(centred, dim=1) * unbiased
-    scales: Tensor = (deviation + STD_EPSILON).reciprocal_().mul_(num_features**-0.25)
-    return scales
-
-
-def _attention_received(hidden: Tensor, scales: Tensor) -> Tensor:
+def _attention_received(hidden: Tensor) -> Tensor:
     """Token weights [c, n] of c sequences [c, n, d]; a block of rows at a time, whose softmax is exact by itself."""
     count, length, _ = hidden.shape
+    whole = gram(hidden) if count * length**2 <= _BLOCK_SCORES else None
+    squares = torch.linalg.vector_norm(hidden, dim=2).square_() if whole is None else whole.diagonal(dim1=1, dim2=2)
+    scales = _scales(hidden, squares)
     if length <= 1:
         return torch.ones_like(scales) + 0.0 * scales
     received = torch.zeros_like(scales)
     for rows in row_blocks(length, _BLOCK_SCORES // (count * length)):
-        scores = torch.bmm(hidden[:, rows], hidden.mT).mul_(scales[:, rows, None]).mul_(scales[:, None])
+        scores = torch.bmm(hidden[:, rows], hidden.mT) if whole is None else whole
+        scores.mul_(scales[:, rows, None]).mul_(scales[:, None])
         scores.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(-torch.inf)
-        # torch's own softmax hands out eight rows at a time, which wakes all cores for the smallest block
-        shares = scores.sub_(scores.amax(dim=2, keepdim=True)).exp_()
-        received += shares.div_(shares.sum(dim=2, keepdim=True)).sum(dim=1)
+        received += torch.softmax(scores, dim=2, out=scores).sum(dim=1)
     return received / length
+
+
+def _scales(hidden: Tensor, squares: Tensor) -> Tensor:
+    """d^-¼ / (std(H_t) + 1e-5) of each token [c, n]; two of them scale a score, which are fewer than features."""
+    num_features = hidden.shape[2]
+    means = hidden.mean(dim=2)
+    of_means = means.square().mul_(num_features)
+    # where this subtraction costs a bit at most, it saves a centred copy; torch.std takes as long as the scores
+    if hidden.dtype != torch.float64 and bool((of_means <= 0.5 * squares).all()):
+        norms = (squares - of_means).sqrt_()
+    else:
+        norms = _centred_norms(hidden.flatten(0, 1), means.view(-1, 1)).view_as(means)
+    # a single feature has no deviation
+    unbiased = (num_features - 1) ** -0.5 if num_features > 1 else float("nan")
+    scales: Tensor = norms.mul_(unbiased).add_(STD_EPSILON).reciprocal_().mul_(num_features**-0.25)
+    return scales
+
+
+def _centred_norms(hidden: Tensor, means: Tensor) -> Tensor:
+    """||H_t - mean(H_t)|| of each token [n]."""
+    blocks = row_blocks(len(hidden), _BLOCK_TOKENS)
+    norms = [torch.linalg.vector_norm(hidden[rows] - means[rows], dim=1) for rows in blocks]
+    return torch.cat(norms) if norms else means[:, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -74,6 +76,23 @@ def test_closed_form_equals_autograd_of_the_definition(divergence):
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradient, expected_gradient)
     assert torch.equal(log_q, kept)
+
+
+@pytest.mark.parametrize("divergence", [d for d in ALL if d.name in ("skl", "srkl")], ids=str)
+def test_rows_may_have_their_own_alpha(divergence):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(4, 33, generator=generator, dtype=torch.float64) for _ in range(2))
+    alphas = torch.tensor([0.01, 0.1, 0.5, 0.9], dtype=torch.float64)
+    log_q, log_p = student.log_softmax(-1).requires_grad_(), teacher.log_softmax(-1)
+    single = [dataclasses.replace(divergence, alpha=float(alpha)) for alpha in alphas]
+    expected = torch.cat([divergence_values(log_q[i : i + 1], log_p[i : i + 1], each) for i, each in enumerate(single)])
+    (slopes,) = torch.autograd.grad(expected.sum(), log_q)
+    got = divergence_values(log_q, log_p, divergence, alphas)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), log_q)[0], slopes)
+    closed, gradient = divergence_gradients(log_q.detach(), log_p, divergence, alphas)
+    torch.testing.assert_close(closed, expected.detach())
+    torch.testing.assert_close(gradient, slopes - log_q.detach().exp() * slopes.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("divergence", ALL, ids=str)

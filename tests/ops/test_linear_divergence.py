@@ -6,83 +6,36 @@ import importlib
 
 import pytest
 import torch
+from divergence_cases import (
+    D_STUDENT,
+    D_TEACHER,
+    VOCAB,
+    N,
+    assert_same_gradients,
+    in_float64,
+    padded,
+    sized,
+    small_chunks,
+    trained,
+    whole,
+)
+from op_cases import random
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mta_ds.ops import Divergence, divergence_values, linear_divergence
+from mta_ds.ops import Divergence, HeadGradient, heads, linear_divergence
 
-# the package exports the function under its module's name
-op = importlib.import_module("mta_ds.ops.linear_divergence")
-N, VOCAB, PADDED, D_STUDENT, D_TEACHER = 11, 37, 40, 6, 8
 NAMES = ["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl"]
-
-
-def random(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=str)
 def inputs(request):
-    dtype = request.param
-    targets = torch.randint(0, VOCAB, (N,), generator=torch.Generator().manual_seed(5))
-    targets[[0, 3, 10]] = -100
-    return {
-        "student": random(N, D_STUDENT, seed=0, dtype=dtype).requires_grad_(),
-        "student_head": random(PADDED, D_STUDENT, seed=1, dtype=dtype).requires_grad_(),
-        "teacher": random(N, D_TEACHER, seed=2, dtype=dtype),
-        "teacher_head": random(VOCAB + 1, D_TEACHER, seed=3, dtype=dtype),
-        "targets": targets,
-        "weights": random(N, seed=4, dtype=dtype).abs(),
-    }
-
-
-def whole(inputs, divergence, weighted=True, vocab=VOCAB):
-    """Loss, divergence and cross-entropy sums from whole logits."""
-    log_q, log_p = (
-        (inputs[side] @ inputs[f"{side}_head"][:vocab].T).log_softmax(-1) for side in ("student", "teacher")
-    )
-    keep = inputs["targets"] != -100
-    cross_entropy = -log_q.gather(1, inputs["targets"].clamp_min(0)[:, None])[:, 0]
-    values = torch.zeros_like(cross_entropy)
-    if divergence.name != "sft":
-        values = divergence_values(log_q, log_p, divergence)
-    ratio = 0.0 if divergence.name == "sft" else divergence.kd_ratio
-    weights = inputs["weights"] if weighted else torch.ones_like(values)
-    total = (1 - ratio) * cross_entropy + ratio * values
-    return [(weights * each)[keep].sum() for each in (total, values, cross_entropy)]
+    return padded(request.param)
 
 
 @pytest.fixture
 def small(monkeypatch, backend):
-    """Three tokens at a time, and several blocks of the vocabulary in a row."""
-    monkeypatch.setattr(op, "_MIN_TOKENS", 3)
-    if backend == "triton":
-        monkeypatch.setattr(importlib.import_module("mta_ds.ops.kernels.divergence"), "BLOCK", 16)
-    else:
-        monkeypatch.setattr(importlib.import_module("mta_ds.ops.divergence"), "_BLOCK_BYTES", 2 * VOCAB * 4)
-    return {"chunk_bytes": 1}
-
-
-def assert_same_gradients(got_loss, expected_loss, trained, exact=None, **tolerance):
-    """Under one random upstream gradient, by name; each in its parameter's dtype."""
-    upstream = random(1, seed=17)[0].to(got_loss.device)
-    got = torch.autograd.grad(got_loss, list(trained.values()), upstream.to(got_loss.dtype))
-    exact = list((exact or trained).values())
-    want = torch.autograd.grad(expected_loss, exact, upstream.to(expected_loss.dtype))
-    for key, ours, theirs in zip(trained, got, want, strict=True):
-        assert ours.dtype == trained[key].dtype
-        message = lambda text, key=key: f"{key}: {text}"  # noqa: E731
-        torch.testing.assert_close(ours.double(), theirs.double(), **tolerance, msg=message)
-
-
-def trained(inputs):
-    return {key: inputs[key] for key in ("student", "student_head")}
-
-
-def in_float64(inputs):
-    """The same numbers; student and head as leaves."""
-    exact = {key: v.detach().double() if v.is_floating_point() else v for key, v in inputs.items()}
-    return exact | {key: exact[key].requires_grad_() for key in ("student", "student_head")}
+    return small_chunks(monkeypatch, backend)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,23 +74,11 @@ def test_every_option(small, inputs, divergence):
     torch.testing.assert_close(result.loss, expected, rtol=2e-5, atol=2e-5)
 
 
-def sized(n, vocab, dtype=torch.float32):
-    """Inputs of ``n`` counted positions."""
-    return {
-        "student": random(n, D_STUDENT, seed=0, dtype=dtype).requires_grad_(),
-        "student_head": random(vocab, D_STUDENT, seed=1, dtype=dtype).requires_grad_(),
-        "teacher": random(n, D_TEACHER, seed=2, dtype=dtype),
-        "teacher_head": random(vocab, D_TEACHER, seed=3, dtype=dtype),
-        "targets": torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(5)),
-        "weights": random(n, seed=4, dtype=dtype).abs(),
-    }
-
-
 @pytest.mark.parametrize(
     ("n", "name"), [(0, "fkl"), (1, "rkl"), (2, "jsd"), (63, "skl"), (64, "srkl"), (65, "tvd"), (257, "fkl")]
 )
 def test_any_number_of_tokens(monkeypatch, backend, n, name):
-    monkeypatch.setattr(op, "_MIN_TOKENS", 64)
+    monkeypatch.setattr(heads, "_MIN_TOKENS", 64)
     inputs = sized(n, 130)
     exact = in_float64(inputs)
     divergence = Divergence(name, kd_ratio=0.5)
@@ -267,16 +208,9 @@ def test_logits_never_exist_and_evaluation_makes_no_gradients():
     assert training.products == 3 * n // 32 and evaluation.products == 2 * n // 32
 
 
-def test_chunks_grow_with_the_budget():
-    like = torch.zeros(1)
-    assert op._chunk_tokens(1000, like, 2 * 4 * 1000 * 64) == 64
-    assert op._chunk_tokens(256_000, like, 1) == 32
-    assert 64 <= op._chunk_tokens(49_152, like, None) <= 512
-
-
 @pytest.mark.parametrize("name", ["fkl", "skl"])
 def test_bfloat16_is_multiplied_and_summed_in_fp32(monkeypatch, small, inputs, name):
-    monkeypatch.setattr(op, "_SLAB_ROWS", 10)
+    monkeypatch.setattr(heads, "_SLAB_ROWS", 10)
     low = {key: v.detach().bfloat16() if v.is_floating_point() else v for key, v in inputs.items()}
     leaves = {key: leaf.requires_grad_() for key, leaf in trained(low).items()}
     exact = in_float64(low)
@@ -350,6 +284,12 @@ def test_a_tied_head_sums_both_uses(inputs):
         ({"targets": torch.full((N,), VOCAB)}, "targets: want -100 or 0 <= target < 37 rows of the head"),
         ({"weights": torch.zeros(3)}, r"weights: want floating \[11\]"),
         ({"weights": torch.zeros(N, requires_grad=True)}, "weights: must not require grad"),
+        (
+            {"alphas": torch.zeros(3), "divergence": Divergence("skl", vocab_size=VOCAB)},
+            r"alphas: want floating \[11\]",
+        ),
+        ({"alphas": torch.zeros(N)}, "alphas: are of skl and srkl, 'fkl' has no α"),
+        ({"head_gradient": HeadGradient(torch.zeros(3, 2))}, r"head_gradient: is of a head torch.float32 \[3, 2\]"),
         ({"teacher_head": torch.zeros(VOCAB, D_TEACHER, device="meta")}, "teacher"),
         ({"teacher": None}, "teacher and teacher_head: give both or neither"),
         ({"teacher": None, "teacher_head": None}, "teacher: the divergence 'fkl' needs it"),

@@ -46,7 +46,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _follow(logits, maximum, total):
+def follow(logits, maximum, total):
     """A lane's next logit: new maximum, its change δ <= 0 and e^δ, the logit and its weight relative to the maximum."""
     larger = logits > maximum
     small = tl.exp(-tl.abs(logits - maximum))  # of e^δ and the new weight one is 1, this is the other
@@ -58,7 +58,7 @@ def _follow(logits, maximum, total):
 
 
 @triton.jit
-def _gather(maximum, total):
+def gather(maximum, total):
     """Lanes to one: the maximum, each lane's change δ and e^δ, and the sum relative to the maximum."""
     change = maximum - tl.max(maximum, 0)
     scale = tl.exp(change)
@@ -101,6 +101,7 @@ def divergence_kernel(
     teacher,
     targets,
     weights,
+    shares,
     divergences,
     cross_entropies,
     entropies,
@@ -112,10 +113,12 @@ def divergence_kernel(
     DETACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row; ``share`` is α or β. Without ``teacher``, ``weights``, ``entropies`` or ``gradient`` these are None."""
+    """One row; ``share`` is α or β, unless each row has its own. What is not given of the pointers is None."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     student += row * vocab_size
+    if shares is not None:
+        share = tl.load(shares + row)
 
     # sweep 1
     z_max = tl.full([BLOCK], _NO_MAXIMUM, tl.float32)
@@ -127,24 +130,24 @@ def divergence_kernel(
         columns = start + lanes
         z = tl.load(student + columns, mask=columns < vocab_size, other=_PAST_END)
         z_before = z_sum
-        z_max, z_change, z_scale, z, z_weight, z_sum = _follow(z, z_max, z_sum)
+        z_max, z_change, z_scale, z, z_weight, z_sum = follow(z, z_max, z_sum)
         if teacher is not None:
             x = tl.load(teacher + columns, mask=columns < vocab_size, other=_PAST_END)
             x_before = x_sum
-            x_max, x_change, x_scale, x, x_weight, x_sum = _follow(x, x_max, x_sum)
+            x_max, x_change, x_scale, x, x_weight, x_sum = follow(x, x_max, x_sum)
             if NAME == "fkl":
                 crossed = x_scale * (crossed + (x_change - z_change) * x_before) + x_weight * (x - z)
             if NAME == "rkl":
                 crossed = z_scale * (crossed + (z_change - x_change) * z_before) + z_weight * (z - x)
             if entropies is not None:
                 entropy = x_scale * (entropy + x_change * x_before) + x_weight * x
-    z_max, z_change, z_scale, z_total = _gather(z_max, z_sum)
+    z_max, z_change, z_scale, z_total = gather(z_max, z_sum)
     z_log = z_max + tl.log(z_total)
     target = tl.load(targets + row)
     tl.store(cross_entropies + row, z_log - tl.load(student + target))
     value, mean, x_log = 0.0, 0.0, 0.0
     if teacher is not None:
-        x_max, x_change, x_scale, x_total = _gather(x_max, x_sum)
+        x_max, x_change, x_scale, x_total = gather(x_max, x_sum)
         x_log = x_max + tl.log(x_total)
         if NAME == "fkl":
             crossed = tl.sum(x_scale * (crossed + (x_change - z_change) * x_sum), 0)
@@ -206,6 +209,7 @@ def divergence_rows(
     divergence: Divergence,
     values: Tensor,
     gradient: Tensor | None,
+    alphas: Tensor | None = None,
 ) -> None:
     """Fill ``values`` [2 or 3, m] with divergence, cross-entropy and teacher entropy, and ``gradient`` [m, V].
 
@@ -214,6 +218,7 @@ def divergence_rows(
         targets, weights: [m]; None: every weight is 1.
         values: fp32; with a third row the teacher's entropy is computed.
         gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
+        alphas: fp32 [m], α of each row; None: the divergence's own.
     """
     if len(student) == 0:
         return
@@ -223,6 +228,7 @@ def divergence_rows(
         teacher,
         targets,
         weights,
+        alphas,
         values[0],
         values[1],
         values[2] if len(values) == 3 else None,
@@ -239,12 +245,15 @@ def divergence_rows(
 
 def specialisations(width: int) -> list[Specialisation]:
     """Every divergence as training launches it; rows are of logits, whatever the width of the states."""
-    pointers = {"student": "*fp32", "teacher": "*fp32", "targets": "*i64", "weights": "*fp32"}
+    pointers = {"student": "*fp32", "teacher": "*fp32", "targets": "*i64", "weights": "*fp32", "shares": "*fp32"}
     pointers |= {"divergences": "*fp32", "cross_entropies": "*fp32", "entropies": "*fp32", "gradient": "*bf16"}
     scalars = {"vocab_size": "i32", "share": "fp32", "ratio": "fp32"}
     found = []
-    for name in ("sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl", "srkl_detached"):
-        constants = {"NAME": name.removesuffix("_detached"), "DETACH": name.endswith("_detached"), "BLOCK": BLOCK}
+    names = ["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl", "srkl detached"]
+    for name in (*names, "skl of each row's α", "srkl detached of each row's α"):
+        constants = {"NAME": name.partition(" ")[0], "DETACH": "detached" in name, "BLOCK": BLOCK}
+        if "each row" not in name:
+            constants["shares"] = None
         if name == "sft":
             constants |= {"teacher": None, "entropies": None}
         signature = {key: kind for key, kind in (pointers | scalars).items() if key not in constants}
