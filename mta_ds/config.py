@@ -84,10 +84,11 @@ def _describe(error: ValidationError, schema: type[Section]) -> str:
     problems = error.errors()
     # An unknown key explains a missing one (a misspelling is both), so it is told first.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(str(part) for part in problem["loc"])
+    parts, owner = _locate(problem["loc"], schema)
+    key = ".".join(parts)
     rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        names = _names_beside(problem["loc"], schema)
+        names = list(owner.model_fields)
         near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(names)}"
         return f"{key}: unknown key; {hint}{rest}"
@@ -98,15 +99,32 @@ def _describe(error: ValidationError, schema: type[Section]) -> str:
     return f"{key}: {message}{given}{rest}" if key else f"{message}{rest}"
 
 
-def _names_beside(location: tuple[int | str, ...], schema: type[Section]) -> list[str]:
-    """The keys that are valid where ``location`` names one that is not."""
-    current: type[BaseModel] = schema
-    for part in location[:-1]:
-        field = current.model_fields.get(str(part))
-        models = _models_in(field.annotation) if field else []
-        if models:
-            current = models[0]
-    return list(current.model_fields)
+def _locate(location: tuple[int | str, ...], schema: type[Section]) -> tuple[list[str], type[BaseModel]]:
+    """The dotted key of a problem, and the section that owns its last part.
+
+    Where a section may be one of several, pydantic puts the chosen one's tag between the keys: it is no key.
+    """
+    owner: type[BaseModel] = schema
+    choices: list[type[BaseModel]] = []
+    parts: list[str] = []
+    for i, part in enumerate(location):
+        if len(choices) > 1:
+            tagged = [model for model in choices if part in _tags(model)]
+            if tagged:
+                owner, choices = tagged[0], []
+                continue
+        if choices:
+            owner, choices = choices[0], []
+        parts.append(str(part))
+        field = owner.model_fields.get(str(part))
+        if field is not None and i < len(location) - 1:
+            choices = _models_in(field.annotation)
+    return parts, owner
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of the literals that a model is chosen by."""
+    return tuple(tag for field in model.model_fields.values() for tag in get_args(field.annotation))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

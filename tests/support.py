@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -103,3 +104,20 @@ def run_command(*arguments: object, check: bool = True, **options: object) -> su
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """Rows of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(pair: Path, run_dir: Path, nproc: int, **changes: object) -> tuple[list[dict[str, float]], dict]:
+    """A whole training run; its metrics and the weights that it exports."""
+    run_command("train", write_config(pair, run_dir, **changes), "--nproc", nproc)
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    return read_metrics(run_dir), model.state_dict()
+
+
+def assert_same_run(a, b, tolerance: float = 1e-5) -> None:
+    """Two results of :func:`train` have the same metrics and weights."""
+    for ours, theirs in zip(a[0], b[0], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
+    for name, weight in a[1].items():
+        assert torch.allclose(weight.float(), b[1][name].float(), rtol=tolerance, atol=tolerance), name

@@ -29,6 +29,8 @@ class Example:
     """"word", "phrase": int32 [K, 2], half-open token ranges."""
     prompt_length: int
     """Tokens before the first label."""
+    is_rejected: bool = False
+    """The rejected half of a preference pair; the chosen one comes right before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class Counts:
 
     tokens: int
     """Positions with a target."""
+    valid_tokens: int
+    """All tokens but padding."""
     sequences: int
     covered: dict[str, int]
     """Sequences with at least one span, by granularity."""
@@ -59,6 +63,8 @@ class Batch:
     """One micro-batch of one rank."""
 
     record_ids: tuple[str, ...]
+    rejected: tuple[bool, ...]
+    """Of each sequence: the rejected half of a pair."""
     input_ids: Tensor
     """int64 [B, T], padded on the right."""
     attention_mask: Tensor
@@ -100,6 +106,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     per_sequence = {g: np.array([len(e.spans[g]) for e in examples]) for g in GRANULARITIES}
     return Batch(
         record_ids=tuple(e.record_id for e in examples),
+        rejected=tuple(e.is_rejected for e in examples),
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(mask.astype(np.int64)),
         valid=torch.from_numpy(np.flatnonzero(mask)),
@@ -108,6 +115,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         spans={g: _ragged([e.spans[g] for e in examples], cu_seqlens) for g in GRANULARITIES},
         counts=Counts(
             tokens=int((targets != IGNORED).sum()),
+            valid_tokens=len(targets),
             sequences=len(examples),
             covered={g: int((per_sequence[g] >= 1).sum()) for g in GRANULARITIES},
             comparable={g: int((per_sequence[g] >= 2).sum()) for g in GRANULARITIES},
@@ -120,6 +128,7 @@ def total(counts: Iterable[Counts]) -> Counts:
     every = list(counts)
     return Counts(
         tokens=sum(c.tokens for c in every),
+        valid_tokens=sum(c.valid_tokens for c in every),
         sequences=sum(c.sequences for c in every),
         covered={g: sum(c.covered[g] for c in every) for g in GRANULARITIES},
         comparable={g: sum(c.comparable[g] for c in every) for g in GRANULARITIES},

@@ -20,13 +20,13 @@ from pydantic import Field
 from mta_ds.config import Section
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Example
 from mta_ds.data.encode import DataConfig, Dropped, encode_parts
-from mta_ds.data.template import changed_fields, render
+from mta_ds.data.template import Half, changed_fields, render
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, sha256, write_atomic
 from mta_ds.spans.records import Record, Reject, input_files, read_records
 from mta_ds.spans.store import SpanStore
 
-_FORMAT = 4  # raise it when encoding changes: older caches are then passed over
+_FORMAT = 5  # raise it when encoding changes: older caches are then passed over
 _ROWS_PER_BATCH = 1024
 _LISTS = ("input_ids", "labels", *GRANULARITIES)
 _SCHEMA = pa.schema(
@@ -42,6 +42,8 @@ class DatasetSummary(Section):
     """What a data set holds, and what was left out of it."""
 
     records: int = 0
+    group: int = 1
+    """Examples of a record: 2 where it is a pair (chosen, then rejected)."""
     dropped: dict[str, int] = Field(default_factory=dict)
     """By reason."""
     with_spans: int = 0
@@ -55,13 +57,18 @@ class DatasetSummary(Section):
 
 
 class EncodedDataset:
-    """Random access to encoded examples, memory-mapped."""
+    """Random access to encoded examples, memory-mapped; those of a record follow one another."""
 
     def __init__(self, folder: Path) -> None:
         self.summary = DatasetSummary.model_validate_json((folder / "summary.json").read_text(encoding="utf-8"))
         table = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all()
         self._batches = [self._columns(batch) for batch in table.to_batches()]
         self._first = np.cumsum([0, *(len(batch["prompt_length"]) for batch in self._batches)])
+
+    @property
+    def group(self) -> int:
+        """Examples of a record: with pairs record i has its chosen half at 2i and its rejected one at 2i + 1."""
+        return self.summary.group
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -78,6 +85,7 @@ class EncodedDataset:
             labels=lists["labels"],
             spans={g: lists[g].reshape(-1, 2) for g in GRANULARITIES},
             prompt_length=int(batch["prompt_length"][i]),
+            is_rejected=index % self.group == 1,
         )
 
     @staticmethod
@@ -87,29 +95,41 @@ class EncodedDataset:
 
 
 def build_dataset(
-    inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, cache_dir: Path
+    inputs: Sequence[str],
+    config: DataConfig,
+    tokenizer: Any,
+    store: SpanStore | None,
+    cache_dir: Path,
+    pairs: bool = False,
 ) -> EncodedDataset:
     """Encode the records of ``inputs``, or open what an earlier call with the same content has encoded.
 
+    Args:
+        pairs: encode both responses of preference records; a record is dropped whole if either has to be. Otherwise
+            such a record is its prompt and the chosen response.
+
     Raises:
         UserError: a bad row, two records of one id, a store parsed from other text or without a record, no record
-            left, or a tokenizer without offsets.
+            left, a record that is no preference with ``pairs``, or a tokenizer without offsets.
     """
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, without character offsets; spans need a fast tokenizer")
-    folder = cache_dir / f"examples-{_fingerprint(inputs, config, tokenizer, store)}"
+    folder = cache_dir / f"examples-{_fingerprint(inputs, config, tokenizer, store, pairs)}"
     if not folder.is_dir():
         with atomic_folder(folder, keep_existing=True) as temporary:
-            summary = _write(temporary / "examples.arrow", inputs, config, tokenizer, store)
+            summary = _write(temporary / "examples.arrow", inputs, config, tokenizer, store, pairs)
             write_atomic(temporary / "summary.json", summary.model_dump_json(indent=1))
     return EncodedDataset(folder)
 
 
-def _fingerprint(inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None) -> str:
+def _fingerprint(
+    inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, pairs: bool
+) -> str:
     """Hash of everything that the examples depend on."""
-    files = [[f"{file} {sha256(file)}" for file in _files(source)] or [source] for source in inputs]
+    files = [[f"{file} {sha256(file)}" for file in local_files(source)] or [source] for source in inputs]
     content = {
         "format": _FORMAT,
+        "pairs": pairs,
         "files": files,
         "config": config.model_dump(mode="json", exclude={"train", "validation", "spans"}),
         "tokenizer": [
@@ -123,7 +143,7 @@ def _fingerprint(inputs: Sequence[str], config: DataConfig, tokenizer: Any, stor
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _files(source: str) -> list[Path]:
+def local_files(source: str) -> list[Path]:
     """The local files behind one input; empty for the name of a data set."""
     files = input_files(source)
     # a folder that ``datasets`` saved, as it is or with ":split"
@@ -132,7 +152,7 @@ def _files(source: str) -> list[Path]:
 
 
 def _write(
-    path: Path, inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None
+    path: Path, inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, pairs: bool
 ) -> DatasetSummary:
     dropped: Counter[str] = Counter()
     tally: Counter[str] = Counter()
@@ -140,15 +160,16 @@ def _write(
     lookup = store.units if store else None
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for record in _records(inputs):
-            parts = render(record, config.template, tokenizer)
-            example = encode_parts(record, parts, config, tokenizer, lookup)
-            if isinstance(example, Dropped):
-                dropped[example.reason] += 1
+            rendered = [render(record, config.template, tokenizer, half=half) for half in _halves(record, pairs)]
+            group = [encode_parts(record, parts, config, tokenizer, lookup) for parts in rendered]
+            examples = [example for example in group if isinstance(example, Example)]
+            if len(examples) < len(group):
+                dropped[next(example.reason for example in group if isinstance(example, Dropped))] += 1
                 continue
-            _count(example, tally)
-            tally["changed_fields"] += changed_fields(record, parts)
-            rows.append(example)
-            if len(rows) == _ROWS_PER_BATCH:
+            _count(examples, tally)
+            tally["changed_fields"] += changed_fields(record, [part for parts in rendered for part in parts], pairs)
+            rows += examples
+            if len(rows) >= _ROWS_PER_BATCH:
                 writer.write_batch(_to_batch(rows))
                 rows.clear()
         if rows:
@@ -156,7 +177,19 @@ def _write(
     if not tally["records"]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "the input is empty"
         raise UserError(f"{', '.join(inputs)}: no records left to train or evaluate on ({reasons})")
-    return DatasetSummary(dropped=dict(dropped), **tally)
+    return DatasetSummary(dropped=dict(dropped), group=2 if pairs else 1, **tally)
+
+
+def _halves(record: Record, pairs: bool) -> tuple[Half, ...]:
+    """The responses that give an example each."""
+    if not pairs:
+        return ("chosen",)
+    if record.format != "preference":
+        raise UserError(
+            f"{record.where}: record {record.id} has no chosen and rejected responses to train on as a pair; "
+            "'mta-ds generate --pair-with' writes records that have"
+        )
+    return ("chosen", "rejected")
 
 
 def _records(inputs: Sequence[str]) -> Iterator[Record]:
@@ -174,18 +207,18 @@ def _records(inputs: Sequence[str]) -> Iterator[Record]:
             raise UserError(f"{record.where}: id {record.id} has other content at {first}; ids must be unique")
 
 
-def _count(example: Example, tally: Counter[str]) -> None:
-    ranges = np.concatenate([example.spans[g] for g in GRANULARITIES])
-    change = np.zeros(len(example.input_ids) + 1, dtype=np.int64)
-    np.add.at(change, ranges[:, 0], 1)
-    np.add.at(change, ranges[:, 1], -1)
-    tally.update(
-        records=1,
-        with_spans=int(len(ranges) > 0),
-        tokens=len(example.input_ids),
-        covered_tokens=int((change.cumsum() > 0).sum()),
-        label_tokens=int((example.labels[1:] != IGNORED).sum()),
-    )
+def _count(examples: Sequence[Example], tally: Counter[str]) -> None:
+    """Add up what the examples of one record hold."""
+    tally["records"] += 1
+    tally["with_spans"] += any(len(spans) for example in examples for spans in example.spans.values())
+    for example in examples:
+        ranges = np.concatenate([example.spans[g] for g in GRANULARITIES])
+        change = np.zeros(len(example.input_ids) + 1, dtype=np.int64)
+        np.add.at(change, ranges[:, 0], 1)
+        np.add.at(change, ranges[:, 1], -1)
+        tally["tokens"] += len(example.input_ids)
+        tally["covered_tokens"] += int((change.cumsum() > 0).sum())
+        tally["label_tokens"] += int((example.labels[1:] != IGNORED).sum())
 
 
 def _to_batch(rows: Sequence[Example]) -> pa.RecordBatch:

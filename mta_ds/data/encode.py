@@ -12,7 +12,7 @@ from pydantic import Field
 from mta_ds.config import Section
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Example
 from mta_ds.data.project import project
-from mta_ds.data.template import Part, Template, render
+from mta_ds.data.template import Half, Part, Template, render
 from mta_ds.data.units import Chosen, UnitConfig, choose
 from mta_ds.errors import UserError
 from mta_ds.spans.records import Record
@@ -54,9 +54,11 @@ class _Tokens(NamedTuple):
     spans: dict[str, list[np.ndarray]]
 
 
-def encode(record: Record, config: DataConfig, tokenizer: Any, lookup: Lookup | None) -> Example | Dropped:
-    """Render a record and :func:`encode_parts`."""
-    return encode_parts(record, render(record, config.template, tokenizer), config, tokenizer, lookup)
+def encode(
+    record: Record, config: DataConfig, tokenizer: Any, lookup: Lookup | None, half: Half = "chosen"
+) -> Example | Dropped:
+    """Render a record, a preference with one of its halves, and :func:`encode_parts`."""
+    return encode_parts(record, render(record, config.template, tokenizer, half=half), config, tokenizer, lookup)
 
 
 def encode_parts(
@@ -169,13 +171,13 @@ def _cut(record: Record, max_length: int, tokens: _Tokens, prompt_length: int) -
     spans = {}
     for granularity, ranges in tokens.spans.items():
         joined = np.concatenate([np.zeros((0, 2), dtype=np.int64), *ranges])
-        spans[granularity] = _unique(joined[joined[:, 1] <= max_length]).astype(np.int32)
+        spans[granularity] = unique_ranges(joined[joined[:, 1] <= max_length]).astype(np.int32)
     ids = np.array(tokens.ids[:max_length], dtype=np.int32)
     return Example(record.id, ids, labels, spans, min(prompt_length, len(ids)))
 
 
-def _unique(ranges: np.ndarray) -> np.ndarray:
-    """Each range once, by start, longer first."""
+def unique_ranges(ranges: np.ndarray) -> np.ndarray:
+    """Each range [K, 2] once, by start, longer first."""
     if not len(ranges):
         return ranges
     ordered = ranges[np.lexsort((-ranges[:, 1], ranges[:, 0]))]

@@ -6,7 +6,7 @@ another number of ranks or another micro-batch: the same samples come in the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,10 @@ from mta_ds.data.collate import Batch, Example, collate
 
 
 class Examples(Protocol):
-    """What the loader reads: a sized, indexed set of examples."""
+    """What the loader reads: a sized, indexed set of examples, those of a record side by side."""
+
+    @property
+    def group(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -30,8 +33,9 @@ def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 class StepLoader:
     """Endless iterator over optimizer steps: this rank's micro-batches, one list a step.
 
-    A step is ``micro_batch_size · gradient_accumulation_steps · world_size`` samples. Epochs run into one another, so
-    no step is short and every rank always has equally many forwards.
+    A step is ``micro_batch_size · gradient_accumulation_steps · world_size`` samples, and a sample is a record: with
+    pairs a batch has two sequences for each. Epochs run into one another, so no step is short and every rank always
+    has equally many forwards.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class StepLoader:
         self.samples_consumed = 0
         """Position: samples of all ranks, since the start of the run. May be set."""
         self._dataset = dataset
+        self._num_samples = len(dataset) // dataset.group
         self._pad_id = pad_id
         self._seed = seed
         self._micro = micro_batch_size
@@ -65,7 +70,7 @@ class StepLoader:
     @property
     def epoch(self) -> int:
         """The epoch that the next sample belongs to, from 0."""
-        return self.samples_consumed // len(self._dataset)
+        return self.samples_consumed // self._num_samples
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -73,16 +78,34 @@ class StepLoader:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next step: micro-step by micro-step, the ranks side by side."""
+        group = self._dataset.group
         batches = []
-        for micro_step in range(self._steps):
-            first = self.samples_consumed + (micro_step * self._world_size + self._rank) * self._micro
-            examples = [self._dataset[self._sample(first + i)] for i in range(self._micro)]
-            batches.append(collate(examples, self._pad_id))
-        self.samples_consumed += self.samples_per_step
+        for row in self.places():
+            samples = [self._sample(self.samples_consumed + place) for place in row]
+            batches.append(self.collate([self._dataset[s * group + i] for s in samples for i in range(group)]))
+        self.skip_step()
         return batches
 
+    def places(self) -> list[list[int]]:
+        """This rank's places among the samples of a step, a list for each micro-batch; the same in every step."""
+        firsts = [(micro_step * self._world_size + self._rank) * self._micro for micro_step in range(self._steps)]
+        return [list(range(first, first + self._micro)) for first in firsts]
+
+    def example(self, global_index: int) -> Example:
+        """The example of a sample by its number since the start of the run; not for pairs."""
+        assert self._dataset.group == 1
+        return self._dataset[self._sample(global_index)]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A micro-batch of any examples."""
+        return collate(examples, self._pad_id)
+
+    def skip_step(self) -> None:
+        """Count a step's samples as consumed."""
+        self.samples_consumed += self.samples_per_step
+
     def _sample(self, global_index: int) -> int:
-        epoch, position = divmod(global_index, len(self._dataset))
+        epoch, position = divmod(global_index, self._num_samples)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, sample_order(len(self._dataset), self._seed, epoch))
+            self._order = (epoch, sample_order(self._num_samples, self._seed, epoch))
         return int(self._order[1][position])

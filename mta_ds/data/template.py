@@ -15,6 +15,7 @@ from mta_ds.errors import UserError
 from mta_ds.spans.records import Record
 
 Template = Literal["minillm", "chat", "plain"]
+Half = Literal["chosen", "rejected"]
 
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -60,11 +61,16 @@ class _Message(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-def render(record: Record, template: Template, tokenizer: Any, with_response: bool = True) -> list[Part]:
+def render(
+    record: Record, template: Template, tokenizer: Any, with_response: bool = True, half: Half = "chosen"
+) -> list[Part]:
     """The parts of ``record``, prompts and responses in turn.
+
+    A response that was cut off by a length limit (``record.unfinished``) has no EOS and no end token after it.
 
     Args:
         with_response: False gives what a model is asked to continue: everything before the last response.
+        half: which response of a preference record.
 
     Raises:
         UserError: the template does not fit the record's format, or the tokenizer has no chat template.
@@ -72,8 +78,8 @@ def render(record: Record, template: Template, tokenizer: Any, with_response: bo
     if record.format == "text":
         return [_response(record, "text")] if with_response else [Part("", False, ())]
     if template == "chat":
-        return _render_chat(record, tokenizer, with_response)
-    prompt, response = _prompt_and_response(record)
+        return _render_chat(record, tokenizer, with_response, half)
+    prompt, response = _prompt_and_response(record, half)
     text = _Text()
     if template == "plain":
         for field in prompt:
@@ -87,11 +93,15 @@ def render(record: Record, template: Template, tokenizer: Any, with_response: bo
     return [*parts, _response(record, response)] if with_response and response in record.fields else parts
 
 
-def changed_fields(record: Record, parts: Sequence[Part]) -> int:
-    """The number of fields whose text the template changed or left out, so that their units have no place."""
+def changed_fields(record: Record, parts: Sequence[Part], pairs: bool = False) -> int:
+    """The number of fields whose text the template changed or left out, so that their units have no place.
+
+    Args:
+        pairs: the parts are those of both halves of a preference record, else of the chosen one.
+    """
     placed = {piece.field for part in parts for piece in part.pieces}
     meant = {field for field, text in record.fields.items() if text.strip()}
-    if record.format == "preference":
+    if record.format == "preference" and not pairs:
         meant.discard("rejected")
     return len(meant - placed)
 
@@ -113,32 +123,32 @@ class _Text:
         return self.literal(text)
 
 
-def _prompt_and_response(record: Record) -> tuple[list[str], str]:
+def _prompt_and_response(record: Record, half: Half) -> tuple[list[str], str]:
     """Field names of a single-turn record: the prompt's in order (an empty text is no field), and the response's."""
-    if record.format == "instruction":
-        return ["instruction", "input"] if "input" in record.fields else ["instruction"], "output"
-    if record.format == "prompt":
-        return ["prompt"], "response"
-    if record.format == "preference":
-        return ["prompt"], "chosen"
-    roles = record.roles
-    if roles in (("user",), ("user", "assistant")):
-        names = [*record.fields, ""]
-        return names[:1], names[1]
-    raise UserError(f"{record.where}: a conversation of turns {' '.join(roles)} needs data.template: chat")
+    fields, roles = record.fields, record.roles
+    if roles:
+        if roles not in (("user",), ("user", "assistant")):
+            raise UserError(f"{record.where}: a conversation of turns {' '.join(roles)} needs data.template: chat")
+        prompt, response = [*fields][:1], [*fields, ""][1]
+    elif record.format == "instruction" or not fields.keys().isdisjoint(("instruction", "input")):
+        prompt, response = ["instruction", "input"] if "input" in fields else ["instruction"], "output"
+    else:
+        prompt, response = ["prompt"], "response"
+    return prompt, half if record.format == "preference" else response
 
 
 def _response(record: Record, field: str) -> Part:
     text = record.fields[field]
-    return Part(text, True, (Piece(field, 0, 0, len(text)),), ends_with_eos=True)
+    return Part(text, True, (Piece(field, 0, 0, len(text)),), ends_with_eos=field not in record.unfinished)
 
 
-def _render_chat(record: Record, tokenizer: Any, with_response: bool) -> list[Part]:
+def _render_chat(record: Record, tokenizer: Any, with_response: bool, half: Half) -> list[Part]:
     if not tokenizer.chat_template:
         raise UserError("data.template: chat: the tokenizer has no chat template; use minillm or plain")
-    messages = _messages(record)
+    messages = _messages(record, half)
     if with_response:
-        return _split_turns(messages, _place(record, tokenizer, messages), tokenizer)
+        is_cut = any(piece.field in record.unfinished for piece in messages[-1].pieces)
+        return _split_turns(messages, _place(record, tokenizer, messages), tokenizer, is_cut)
     if messages[-1].role == "assistant":
         messages = messages[:-1]
     placed = _place(record, tokenizer, messages, generation=True)
@@ -146,15 +156,18 @@ def _render_chat(record: Record, tokenizer: Any, with_response: bool) -> list[Pa
     return [Part(placed.text, False, tuple(piece for found in pieces for piece in found))]
 
 
-def _messages(record: Record) -> list[_Message]:
-    if record.format == "messages":
-        turns = zip(record.roles, record.fields.items(), strict=True)
-        return [_Message(role, text, (Piece(name, 0, 0, len(text)),)) for role, (name, text) in turns]
-    prompt, response = _prompt_and_response(record)
-    user = _Text()
-    for field in prompt:
-        user.literal("\n\n" if user.value else "").field(field, record.fields.get(field, ""))
-    messages = [_Message("user", user.value, tuple(user.pieces))]
+def _messages(record: Record, half: Half) -> list[_Message]:
+    response: str
+    if record.roles:
+        turns = zip(record.roles, record.fields.items(), strict=False)  # a preference has two fields more
+        messages = [_Message(role, text, (Piece(name, 0, 0, len(text)),)) for role, (name, text) in turns]
+        response = half if record.format == "preference" else ""
+    else:
+        prompt, response = _prompt_and_response(record, half)
+        user = _Text()
+        for field in prompt:
+            user.literal("\n\n" if user.value else "").field(field, record.fields.get(field, ""))
+        messages = [_Message("user", user.value, tuple(user.pieces))]
     if text := record.fields.get(response):
         messages.append(_Message("assistant", text, (Piece(response, 0, 0, len(text)),)))
     return messages
@@ -270,11 +283,14 @@ def _framed(
     return (start, end) if fits and start <= end else None
 
 
-def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) -> list[Part]:
+def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any, is_cut: bool) -> list[Part]:
     """Cut a conversation into prompts and responses; a response holds its turn's end token.
 
     A response starts where generation would: what a template writes between its generation prompt and a content (an
     empty thought, a space) is the model's to write.
+
+    Args:
+        is_cut: the last response ends with its content, as a length limit cut it off there.
     """
     parts: list[Part] = []
     start = 0
@@ -286,7 +302,8 @@ def _split_turns(messages: Sequence[_Message], placed: _Placed, tokenizer: Any) 
         if message.role != "assistant":
             waiting += pieces
             continue
-        end, has_end = _turn_end(placed.text, place.end, tokenizer)
+        stops_here = is_cut and i == len(messages) - 1
+        end, has_end = (place.end, True) if stops_here else _turn_end(placed.text, place.end, tokenizer)
         asked = _generation_start(placed.text, messages[:i], tokenizer)
         first = asked if start <= asked <= place.start else place.start
         parts.append(_part(placed.text, start, first, waiting))

@@ -2,7 +2,7 @@
 
 from mta_ds.engine.check import check
 from mta_ds.engine.config import RunConfig, TrainConfig
-from mta_ds.engine.stages import evaluate_run, export_checkpoint
+from mta_ds.engine.stages import evaluate_run, export_checkpoint, generate_run
 from mta_ds.engine.train import train
 
-__all__ = ["RunConfig", "TrainConfig", "check", "evaluate_run", "export_checkpoint", "train"]
+__all__ = ["RunConfig", "TrainConfig", "check", "evaluate_run", "export_checkpoint", "generate_run", "train"]

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 from mta_ds.data import DatasetSummary
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.setup import Pair, load_data, number_of_steps, prepare_pair, student_zero_stage
-from mta_ds.losses import describe, make_divergence
-from mta_ds.models import count_parameters, load_config
+from mta_ds.models import adapter_size, count_parameters, load_config
 from mta_ds.models.zero import read_deepspeed_config
 
 Rows = list[tuple[str, str]]
@@ -29,9 +28,10 @@ def check(config: RunConfig, world_size: int = 1) -> None:
     pair = prepare_pair(config)
     student_zero_stage(config)
     read_deepspeed_config(config.teacher.deepspeed)
-    train, validation = load_data(config, pair.tokenizer)
+    train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
     rows = [
         *model_rows(pair),
+        trainable_row(config, pair),
         *loss_rows(config, pair),
         *data_rows("training", train.summary),
         *(data_rows("validation", validation.summary) if validation else []),
@@ -66,9 +66,24 @@ def model_rows(pair: Pair) -> Rows:
     return rows
 
 
+def trainable_row(config: RunConfig, pair: Pair) -> tuple[str, str]:
+    """What of the student is trained."""
+    lora = config.student.lora
+    if lora is None:
+        return "trained", "all of the student's parameters"
+    size = adapter_size(load_config(pair.student_dir), lora)
+    targets = lora.targets if isinstance(lora.targets, str) else " ".join(lora.targets)
+    dropout = f"{lora.dropout:g}" if config.train.dropout else "off"
+    return (
+        "trained",
+        f"LoRA adapters of {size.modules} modules ({targets}): rank {lora.r}, alpha {lora.alpha}, dropout {dropout}; "
+        f"{size.trainable:,} parameters, {100 * size.trainable / size.total:.2f} % of the student's",
+    )
+
+
 def loss_rows(config: RunConfig, pair: Pair) -> Rows:
     """What is optimised, and which layers are aligned."""
-    rows: Rows = [("base loss", describe(make_divergence(config.loss, pair.vocab_size)))]
+    rows: Rows = [("base loss", pair.method.describe())]
     if config.mta is None:
         return [*rows, ("MTA", "off")]
     mta = config.mta

@@ -1,6 +1,8 @@
 """Checkpoints that count only when they are whole: DeepSpeed's files, hashed, and a COMMIT file written last.
 
-    checkpoints/step-00000100/      DeepSpeed's shards of student, projections and optimizer, one set a rank
+    checkpoints/step-00000100/      DeepSpeed's shards of student, projections and optimizer, one set a rank;
+                                    not of weights that are frozen: they come from the student's folder again
+                              method.json, rollouts.safetensors   what the base method carries from step to step
                               rng-00000.safetensors    random state of rank 0, ...
                               COMMIT                   step, shape of the run, size and SHA-256 of every file
 
@@ -13,7 +15,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from mta_ds.files import fsync_directory, fsync_file, sha256, write_atomic
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -43,8 +45,13 @@ class Progress:
     config_hash: str
 
 
-def save(engine: Any, checkpoints: Path, progress: Progress, keep_last: int) -> None:
+def save(
+    engine: Any, checkpoints: Path, progress: Progress, keep_last: int, save_more: Callable[[Path], None] | None = None
+) -> None:
     """Save at a step boundary; every rank must call it. Older checkpoints beyond ``keep_last`` go afterwards.
+
+    Args:
+        save_more: writes further files into the folder, on rank 0.
 
     Killed at any instruction, it leaves all earlier checkpoints and at most one folder without COMMIT.
     """
@@ -54,7 +61,11 @@ def save(engine: Any, checkpoints: Path, progress: Progress, keep_last: int) -> 
         folder.mkdir(parents=True)
     distributed.barrier()
     # DeepSpeed would write its `latest` before its last barrier: a pointer to a checkpoint that may lack a shard
-    engine.save_checkpoint(str(checkpoints), tag=folder.name, save_latest=False)
+    engine.save_checkpoint(
+        str(checkpoints), tag=folder.name, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
+    )
+    if save_more is not None and distributed.rank() == 0:
+        save_more(folder)
     save_file(_rng_state(), folder / f"rng-{distributed.rank():05d}.safetensors")
     distributed.barrier()
     digests = _digest_my_share(folder, _files(folder), sync=True)
@@ -98,7 +109,7 @@ def find_newest(checkpoints: Path, config_hash: str, zero_stage: int) -> tuple[P
 
 def load(engine: Any, folder: Path) -> None:
     """Restore student, projections, optimizer and this rank's random state from a checkpoint found valid."""
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not _has_frozen(engine))
     if loaded is None:
         raise UserError(
             f"{folder}: DeepSpeed cannot load the checkpoint; remove the folder to resume from an older one"
@@ -107,6 +118,11 @@ def load(engine: Any, folder: Path) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _has_frozen(engine: Any) -> bool:
+    """Whether the student's own weights stay as they were loaded, as with LoRA."""
+    return any(not parameter.requires_grad for parameter in engine.module.parameters())
 
 
 def _check_same_run(folder: Path, saved: Progress, config_hash: str, zero_stage: int) -> None:

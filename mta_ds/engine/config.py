@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from mta_ds.config import Section
 from mta_ds.data import DataConfig
-from mta_ds.evaluation import EvaluationConfig
-from mta_ds.losses import LossConfig, MTAConfig
+from mta_ds.evaluation import EvaluationConfig, GenerateConfig
+from mta_ds.losses import DistiLLMConfig, KDConfig, LossConfig, MTAConfig
 from mta_ds.models.loading import Dtype, StudentConfig, TeacherConfig
 from mta_ds.spans.parse import ParseConfig
 
@@ -62,7 +62,7 @@ class TrainConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run: ``mta-ds parse | check | train | evaluate CONFIG`` read their sections from it."""
+    """A whole run: ``mta-ds parse | generate | check | train | evaluate CONFIG`` read their sections from it."""
 
     run_dir: Path
     teacher: TeacherConfig
@@ -70,15 +70,22 @@ class RunConfig(Section):
     data: DataConfig
     mta: MTAConfig | None = MTAConfig()
     """Multi-Granular Trajectory Alignment; null switches it off."""
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = KDConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    generation: GenerateConfig = GenerateConfig()
     parse: ParseConfig | None = None
 
     @model_validator(mode="after")
     def _spans_for_mta(self) -> RunConfig:
         if self.mta is not None and self.data.spans is None:
             raise ValueError("data.spans: MTA needs a span store ('mta-ds parse' makes one), or set mta: null")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_for_distillm(self) -> RunConfig:
+        if isinstance(self.loss, DistiLLMConfig) and self.loss.phi_step > 0 and not self.data.validation:
+            raise ValueError("data.validation: DistiLLM adapts to a held-out loss; name records, or set phi_step: 0")
         return self
 
     def training_hash(self) -> str:

@@ -2,12 +2,12 @@
 
 student forward ─▶ key layers and final state, in the graph
 teacher forward ─▶ at each key layer: DSA and Hid against the student's, with their gradients; the state goes
-both final states ─▶ through both LM heads, chunk by chunk, into the base loss
+both final states ─▶ through both LM heads, chunk by chunk, into the method's base loss
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import deepspeed
@@ -21,9 +21,12 @@ from mta_ds.losses import (
     Divergence,
     GlobalCounts,
     LayerGradients,
-    LinearDivergence,
+    Method,
+    MicroStep,
     MTAConfig,
+    Source,
     SpanLayout,
+    StepCounts,
     align_layer,
     attach,
     dsa_scale,
@@ -44,14 +47,11 @@ class StudentStates(NamedTuple):
     """Layer number -> [n, d_S]."""
 
 
-class StepCounts(NamedTuple):
+class Counts(NamedTuple):
     """The global counts that normalise one micro-step, known before its forward."""
 
-    tokens: int
-    """Labelled tokens of the optimizer step, over all ranks and micro-steps."""
+    base: StepCounts
     structural: GlobalCounts
-    scale: int
-    """world_size · gradient_accumulation_steps: undoes DeepSpeed's averaging, so that losses are sums."""
 
 
 class Distiller(nn.Module):
@@ -63,13 +63,14 @@ class Distiller(nn.Module):
         teacher: PretrainedConfig,
         key_layers: Sequence[KeyLayer],
         mta: MTAConfig | None,
-        divergence: Divergence,
+        method: Method,
     ) -> None:
         super().__init__()
         self.key_layers = tuple(key_layers)
         self.mta = mta
-        self.divergence = divergence
-        self.student = CausalBody(student, [layer.student for layer in key_layers])
+        self.method = method
+        tapped = {layer.student for layer in key_layers} | set(method.key_layers.values())
+        self.student = CausalBody(student, sorted(tapped))
         self.projections = nn.ModuleList(
             nn.Linear(state_width(student.config, k.student), state_width(teacher, k.teacher), bias=False)
             for k in key_layers
@@ -92,7 +93,7 @@ class Distiller(nn.Module):
                 deepspeed.zero.register_external_parameter(self, weight)
 
     def forward(
-        self, batch: Batch, teacher: StreamingTeacher | None, counts: StepCounts | None = None
+        self, batch: Batch, teacher: StreamingTeacher | None, counts: Counts | None = None
     ) -> tuple[Tensor, dict[str, Tensor]] | dict[str, Tensor]:
         """One micro-batch; every rank must call it.
 
@@ -104,9 +105,17 @@ class Distiller(nn.Module):
             return self.score(batch, teacher)
         student = self.run_student(batch)
         structural = StructuralLoss(self, student, batch, counts)
-        final = teacher.run(batch, on_key_layer=structural.align) if teacher is not None else None
-        base = self.base_loss(student, final, batch, teacher, self.divergence)
-        return combine(base, structural, counts)
+        base = self.method.start(self.micro_step(student, batch, counts.base))
+        final = None
+        if teacher is not None:
+            self.prepare_teacher(teacher)
+
+            def on_key_layer(layer: int, hidden: Tensor) -> None:
+                structural.align(layer, hidden)
+                base.align(layer, hidden, teacher)
+
+            final = teacher.run(batch, on_key_layer)
+        return combine(base.finish(final, teacher), structural, counts)
 
     def run_student(self, batch: Batch) -> StudentStates:
         """Final state and key layers of the student, in the graph."""
@@ -118,21 +127,25 @@ class Distiller(nn.Module):
         final = self.student(batch.input_ids, batch.attention_mask, on_layer=keep)
         return StudentStates(ragged(final, batch.valid), key_layers)
 
-    def base_loss(
-        self,
-        student: StudentStates,
-        teacher_final: Tensor | None,
-        batch: Batch,
-        teacher: StreamingTeacher | None,
-        divergence: Divergence,
-    ) -> LinearDivergence:
-        """Sums of the divergence over this micro-batch's labelled tokens; full logits never exist."""
-        if teacher is None or not divergence.needs_teacher:
-            return linear_divergence(student.final, self.student.head, None, None, batch.targets, divergence)
-        with teacher.gathered_head() as teacher_head:
-            return linear_divergence(
-                student.final, self.student.head, teacher_final, teacher_head, batch.targets, divergence
-            )
+    def micro_step(self, student: StudentStates, batch: Batch, counts: StepCounts) -> MicroStep:
+        """The micro-batch as a base loss sees it."""
+        return MicroStep(
+            student.final,
+            student.key_layers,
+            self.student.head,
+            batch.targets,
+            batch.cu_seqlens,
+            batch.rejected,
+            counts,
+            self.student.norm,
+        )
+
+    def prepare_teacher(self, teacher: StreamingTeacher) -> None:
+        """Gather now what a method reads inside the teacher's forward, where gathering would get in ZeRO-3's way."""
+        if self.method.key_layers:
+            teacher.head()
+        if self.method.uses_norm:
+            teacher.norm()
 
     @torch.no_grad()
     def score(self, batch: Batch, teacher: StreamingTeacher | None) -> dict[str, Tensor]:
@@ -142,8 +155,9 @@ class Distiller(nn.Module):
         """
         student = self.run_student(batch)
         final = teacher.run(batch) if teacher is not None else None
-        divergence = Divergence("sft" if teacher is None else "fkl", vocab_size=self.divergence.vocab_size)
-        sums = self.base_loss(student, final, batch, teacher, divergence)
+        divergence = Divergence("sft" if teacher is None else "fkl", vocab_size=self.method.divergence.vocab_size)
+        teacher_head = teacher.head() if teacher is not None else None
+        sums = linear_divergence(student.final, self.student.head, final, teacher_head, batch.targets, divergence)
         scores = {"cross_entropy": sums.cross_entropy, "count": torch.as_tensor(sums.count)}
         return scores if teacher is None else scores | {"divergence": sums.divergence}
 
@@ -151,7 +165,7 @@ class Distiller(nn.Module):
 class StructuralLoss:
     """DSA and Hid of one micro-batch: filled by the teacher's key layers, then put into the student's graph at once."""
 
-    def __init__(self, distiller: Distiller, student: StudentStates, batch: Batch, counts: StepCounts) -> None:
+    def __init__(self, distiller: Distiller, student: StudentStates, batch: Batch, counts: Counts) -> None:
         self.config = distiller.mta
         self._counts = counts
         self._student = student
@@ -167,7 +181,8 @@ class StructuralLoss:
 
     def align(self, teacher_layer: int, hidden: Tensor) -> None:
         """The teacher emits a key layer [n, d_T]: compute its losses with their gradients, and let the state go."""
-        assert self.config is not None  # without MTA the teacher has no key layers
+        if self.config is None or teacher_layer not in self._pairs:  # a key layer of the method's alone
+            return
         layer, projection = self._pairs[teacher_layer]
         self._gradients[teacher_layer] = align_layer(
             self._student.key_layers[layer.student],
@@ -192,7 +207,7 @@ class StructuralLoss:
             counts = self._counts.structural
             dsa = terms.dsa * dsa_scale(self.config, counts, layer.granularity, normalisers[teacher_layer])
             hid = terms.hid * hid_scale(self.config, counts, layer.granularity)
-            total = total + self._counts.scale * (dsa_weight * dsa + hid_weight * hid)
+            total = total + self._counts.base.scale * (dsa_weight * dsa + hid_weight * hid)
             shares |= {f"dsa/{layer.student}": dsa.detach(), f"hid/{layer.student}": hid.detach()}
             shares |= non_finite(terms, layer.student, teacher_layer)
             # totals as they enter the loss, so that loss = base + λ_DSA · dsa + λ_Hid · hid
@@ -210,35 +225,40 @@ class StructuralLoss:
         return dict(zip(layers, values, strict=True))
 
 
-def combine(base: LinearDivergence, structural: StructuralLoss, counts: StepCounts) -> tuple[Tensor, dict[str, Tensor]]:
+def combine(
+    base: tuple[Tensor, Mapping[str, Tensor]], structural: StructuralLoss, counts: Counts
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_base + λ_DSA L_DSA + λ_Hid L_Hid (MTA eq. 14), every sum over its global count."""
+    base_loss, base_shares = base
     aligned, shares = structural.attach()
-    loss = base.loss * (counts.scale / max(1, counts.tokens)) + aligned
-    shares["loss"] = loss.detach() / counts.scale
-    shares["base"] = base.loss.detach() / max(1, counts.tokens)
-    return loss, shares
+    loss = base_loss + aligned
+    return loss, {**shares, **base_shares, "loss": loss.detach() / counts.base.scale}
 
 
-def global_counts(batches: Sequence[Batch]) -> list[StepCounts]:
+def global_counts(
+    batches: Sequence[Batch], step: int = 1, num_steps: int = 1, source: Source = Source.DATA
+) -> list[Counts]:
     """The counts of one optimizer step, summed over ranks once; one entry for each micro-batch of this rank."""
     local: list[int] = []
     for counts in (batch.counts for batch in batches):
-        local += [counts.tokens, counts.sequences]
+        local += [counts.tokens, counts.valid_tokens, counts.sequences]
         local += [per[g] for per in (counts.covered, counts.comparable) for g in GRANULARITIES]
-    width = 2 + 2 * len(GRANULARITIES)
+    width = 3 + 2 * len(GRANULARITIES)
     summed = distributed.sum_counts(local)
     micro = [summed[i : i + width] for i in range(0, len(summed), width)]
-    step = [sum(column) for column in zip(*micro, strict=True)]
+    step_sums = [sum(column) for column in zip(*micro, strict=True)]
+    tokens, valid_tokens, sequences = step_sums[:3]
+    scale = distributed.world_size() * len(batches)
+    base = StepCounts(tokens, valid_tokens, sequences, scale, step, num_steps, source)
     return [
-        StepCounts(
-            tokens=step[0],
-            structural=GlobalCounts(
-                sequences=step[1],
-                covered=dict(zip(GRANULARITIES, step[2:4], strict=True)),
-                comparable=dict(zip(GRANULARITIES, step[4:6], strict=True)),
-                micro_comparable=dict(zip(GRANULARITIES, row[4:6], strict=True)),
+        Counts(
+            base,
+            GlobalCounts(
+                sequences=sequences,
+                covered=dict(zip(GRANULARITIES, step_sums[3:5], strict=True)),
+                comparable=dict(zip(GRANULARITIES, step_sums[5:7], strict=True)),
+                micro_comparable=dict(zip(GRANULARITIES, row[5:7], strict=True)),
             ),
-            scale=distributed.world_size() * len(batches),
         )
         for row in micro
     ]

@@ -90,6 +90,15 @@ def sum_counts(counts: Sequence[int]) -> list[int]:
     return [int(value) for value in values]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank, over the hosts' network; every rank must call it."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_host_group())
+    return values  # type: ignore[return-value]
+
+
 @functools.cache
 def _host_group() -> dist.ProcessGroup | None:
     """A gloo group beside NCCL's; on a CPU the default group is one already."""

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,32 @@ from mta_ds.data import EncodedDataset, StepLoader, build_dataset
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
+from mta_ds.engine.rollouts import Rollouts, make_writer
 from mta_ds.errors import UsageError, UserError
-from mta_ds.losses import MTAConfig, make_divergence
+from mta_ds.losses import FDDConfig, KeyLayerOptions, Method, MTAConfig, make_method
 from mta_ds.models import (
     KeyLayer,
     StreamingTeacher,
     Tokenizer,
+    adapter_size,
+    base_name,
     cut_layers,
+    inject_adapters,
     load_config,
     load_pretrained,
     load_teacher,
     load_tokenizer,
+    merged_folder,
     random_student,
     resolve_key_layers,
     resolve_model,
     student_config,
     vocabulary_size,
+    whole_copy,
 )
 from mta_ds.models.zero import read_deepspeed_config
 from mta_ds.spans.parser import load_parser
+from mta_ds.spans.pool import ParserPool
 from mta_ds.spans.store import SpanStore
 
 logger = logging.getLogger(__name__)
@@ -51,6 +59,8 @@ class Pair:
     tokenizer: Tokenizer
     vocab_size: int
     key_layers: tuple[KeyLayer, ...]
+    """MTA's; none with MTA off."""
+    method: Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +75,18 @@ class Run:
     train: EncodedDataset
     validation: EncodedDataset | None
     loader: StepLoader
+    rollouts: Rollouts | None
+    """In the loader's place, for a method that trains on student text."""
     num_steps: int
     zero_stage: int
 
     @property
     def distiller(self) -> Distiller:
         return self.engine.module  # type: ignore[no-any-return]
+
+    @property
+    def method(self) -> Method:
+        return self.pair.method
 
 
 def prepare_pair(config: RunConfig) -> Pair:
@@ -79,7 +95,7 @@ def prepare_pair(config: RunConfig) -> Pair:
     Raises:
         UserError: a folder is missing, the vocabularies or EOS differ, or a key layer does not exist.
     """
-    teacher_dir = resolve_model(config.teacher.path)
+    teacher_dir = teacher_folder(config)
     student_dir = distributed.on_rank_zero_first(lambda: student_folder(config, teacher_dir))
     tokenizer = load_tokenizer(student_dir, config.student.trust_remote_code)
     check_same_vocabulary(tokenizer, load_tokenizer(teacher_dir, config.teacher.trust_remote_code), config)
@@ -88,12 +104,16 @@ def prepare_pair(config: RunConfig) -> Pair:
     for name, model in (("teacher", teacher), ("student", student)):
         if model.vocab_size < vocab_size:
             raise UserError(f"{name}: the model has {model.vocab_size} embeddings, its tokenizer {vocab_size} ids")
+    if config.student.lora is not None:
+        adapter_size(student, config.student.lora)  # finds a wrong target now, not when the data is encoded
+    depths = (student.num_hidden_layers, teacher.num_hidden_layers)
     return Pair(
         teacher_dir,
         student_dir,
         tokenizer,
         vocab_size,
-        key_layers(config.mta, student.num_hidden_layers, teacher.num_hidden_layers),
+        key_layers(config.mta, *depths) if config.mta is not None else (),
+        choose_method(config, vocab_size, *depths),
     )
 
 
@@ -101,7 +121,7 @@ def prepare(config: RunConfig) -> Run:
     """Load data and models, partition them, and wrap both in their engines; torch.distributed must be initialised."""
     set_seed(config.train.seed)
     pair = prepare_pair(config)
-    train, validation = load_data(config, pair.tokenizer)
+    train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
     loader = StepLoader(
         train,
         pad_id=pad_id(pair.tokenizer),
@@ -113,6 +133,8 @@ def prepare(config: RunConfig) -> Run:
     )
     engine = make_student_engine(config, pair)
     teacher = make_teacher(config, pair)
+    num_steps = number_of_steps(config.train, len(train) // train.group, distributed.world_size())
+    rollouts = make_rollouts(config, pair, loader, engine, num_steps)
     set_seed(config.train.seed + distributed.rank())
     return Run(
         config,
@@ -122,8 +144,19 @@ def prepare(config: RunConfig) -> Run:
         train,
         validation,
         loader,
-        num_steps=number_of_steps(config.train, len(train), distributed.world_size()),
+        rollouts,
+        num_steps=num_steps,
         zero_stage=engine.zero_optimization_stage(),
+    )
+
+
+def teacher_folder(config: RunConfig) -> Path:
+    """The teacher's folder; one with an adapter is merged into the run's cache, once."""
+    teacher = config.teacher
+    return distributed.on_rank_zero_first(
+        lambda: merged_folder(
+            resolve_model(teacher.path), teacher.adapter, config.run_dir / "cache", teacher.trust_remote_code
+        )
     )
 
 
@@ -160,33 +193,47 @@ def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, config: RunCon
             )
 
 
-def key_layers(mta: MTAConfig | None, num_student_layers: int, num_teacher_layers: int) -> tuple[KeyLayer, ...]:
-    """The key layers that a configuration chooses, none with MTA off."""
-    if mta is None:
-        return ()
+def key_layers(
+    options: KeyLayerOptions, num_student_layers: int, num_teacher_layers: int, section: str = "mta"
+) -> tuple[KeyLayer, ...]:
+    """The key layers that a section of the configuration chooses."""
     return resolve_key_layers(
         num_student_layers,
         num_teacher_layers,
-        student_layers=mta.student_layers,
-        teacher_layers=mta.teacher_layers,
-        num_layers=mta.num_layers,
-        stride=mta.stride,
-        num_word_layers=mta.num_word_layers,
+        student_layers=options.student_layers,
+        teacher_layers=options.teacher_layers,
+        num_layers=options.num_layers,
+        stride=options.stride,
+        num_word_layers=options.num_word_layers if isinstance(options, MTAConfig) else 0,
+        section=section,
     )
 
 
-def load_data(config: RunConfig, tokenizer: Tokenizer) -> tuple[EncodedDataset, EncodedDataset | None]:
+def choose_method(config: RunConfig, vocab_size: int, num_student_layers: int, num_teacher_layers: int) -> Method:
+    """The base method of a run; one that compares layers takes MTA's unless it names its own."""
+    layers: dict[int, int] = {}
+    if isinstance(config.loss, FDDConfig):
+        own = config.mta is None or config.loss.names_layers
+        options, section = (config.loss, "loss") if own else (config.mta, "mta")
+        assert options is not None
+        chosen = key_layers(options, num_student_layers, num_teacher_layers, section)
+        layers = {layer.teacher: layer.student for layer in chosen}
+    tops = (num_student_layers, num_teacher_layers)
+    return make_method(config.loss, vocab_size, layers, tops, beside_mta=config.mta is not None)
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Training and validation sets, encoded by rank 0 into memory-mapped files that every rank opens."""
     data = config.data
     if not data.train:
         raise UsageError("data.train: no training records are named")
     store = open_store(config)
 
-    def build(inputs: tuple[str, ...]) -> EncodedDataset:
+    def build(inputs: tuple[str, ...], pairs: bool) -> EncodedDataset:
         cache = config.run_dir / "cache"
-        return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache))
+        return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache, pairs=pairs))
 
-    return build(data.train), build(data.validation) if data.validation else None
+    return build(data.train, pairs), build(data.validation, False) if data.validation else None
 
 
 def open_store(config: RunConfig) -> SpanStore | None:
@@ -200,13 +247,18 @@ def open_store(config: RunConfig) -> SpanStore | None:
         return None
     store = distributed.on_rank_zero_first(lambda: SpanStore.open(path))
     if config.parse is not None and config.parse.output == path:
-        wanted = load_parser(config.parse.parser)
-        if wanted.fingerprint != store.manifest.parser.fingerprint:
-            raise UserError(
-                f"{path}: parsed by '{store.manifest.parser.name}', the config's parse.parser is '{wanted.name}', "
-                "another parser; parse again into another folder, or mend parse.parser"
-            )
+        check_parser(config.parse.parser, store)
     return store
+
+
+def check_parser(spec: str | None, store: SpanStore) -> None:
+    """Insist that a parser is the one that the store was made with; UserError if not."""
+    wanted = load_parser(spec)
+    if wanted.fingerprint != store.manifest.parser.fingerprint:
+        raise UserError(
+            f"{store.path}: parsed by '{store.manifest.parser.name}', the config's parse.parser is '{wanted.name}', "
+            "another parser; parse again into another folder, or mend parse.parser"
+        )
 
 
 def make_student_engine(config: RunConfig, pair: Pair) -> Any:
@@ -221,13 +273,15 @@ def make_student_engine(config: RunConfig, pair: Pair) -> Any:
         train.gradient_clipping,
     )
     model = load_pretrained(pair.student_dir, train.dtype, engine_config, config.student.trust_remote_code)
+    if config.student.lora is not None:
+        base = base_name(config.student.path, pair.student_dir)
+        inject_adapters(model, config.student.lora, train.seed, base)
     if not train.dropout:
         switch_dropout_off(model)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = load_config(pair.teacher_dir, config.teacher.trust_remote_code)
-    divergence = make_divergence(config.loss, pair.vocab_size)
-    distiller = Distiller(model, teacher, pair.key_layers, config.mta, divergence)
+    distiller = Distiller(model, teacher, pair.key_layers, config.mta, pair.method)
     distiller.to(getattr(torch, train.dtype))
     optimizer = torch.optim.AdamW(parameter_groups(distiller, config), betas=train.betas)
     engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=engine_config)
@@ -235,13 +289,32 @@ def make_student_engine(config: RunConfig, pair: Pair) -> Any:
     return engine
 
 
+def make_rollouts(config: RunConfig, pair: Pair, loader: StepLoader, engine: Any, num_steps: int) -> Rollouts | None:
+    """What the student writes and trains on, with the parsers for it; None for a method that does not."""
+    options = pair.method.rollouts
+    if options is None:
+        return None
+    open_pool = None
+    if config.mta is not None and options.parser_workers:
+        spec = config.parse.parser if config.parse is not None else None
+        if (store := open_store(config)) is not None:
+            check_parser(spec, store)
+        in_flight = (options.ahead + 1) * loader.samples_per_step  # all: a step never waits to hand its texts over
+        open_pool = partial(ParserPool, spec, options.parser_workers, ahead=in_flight)
+    student = engine.module.student.model
+    seed = config.train.seed
+    write = make_writer(lambda: whole_copy(student), pair.tokenizer, options, config.data.max_length, seed)
+    return Rollouts(pair.method, loader, write, config.data, pair.tokenizer, seed, num_steps, open_pool)
+
+
 def make_teacher(config: RunConfig, pair: Pair) -> StreamingTeacher | None:
     """The teacher's engine, or None for a run that reads neither its logits nor its layers (plain SFT)."""
-    needs_final = make_divergence(config.loss, pair.vocab_size).needs_teacher or bool(config.data.validation)
-    if not needs_final and not pair.key_layers:
+    needs_final = pair.method.divergence.needs_teacher or bool(config.data.validation)
+    layers = sorted({layer.teacher for layer in pair.key_layers} | set(pair.method.key_layers))
+    if not needs_final and not layers:
         return None
-    layers = [layer.teacher for layer in pair.key_layers]
-    return load_teacher(config.teacher, config.train.dtype, config.train.micro_batch_size, layers, needs_final)
+    train = config.train
+    return load_teacher(pair.teacher_dir, config.teacher, train.dtype, train.micro_batch_size, layers, needs_final)
 
 
 def parameter_groups(distiller: Distiller, config: RunConfig) -> list[dict[str, Any]]:

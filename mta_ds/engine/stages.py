@@ -1,17 +1,68 @@
-"""Stages that follow training: score what a run has made, or write out its newest checkpoint."""
+"""Stages around training: let a model answer prompts, score what a run has made, write out its newest checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+from mta_ds.data import PairCounts, write_pairs
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.export import export
-from mta_ds.engine.setup import prepare
+from mta_ds.engine.setup import prepare, student_folder, teacher_folder
 from mta_ds.engine.train import resume
 from mta_ds.errors import UserError
-from mta_ds.evaluation import evaluate
+from mta_ds.evaluation import GeneratedManifest, evaluate, write_responses
 from mta_ds.models import resolve_model
+
+
+class Generated(NamedTuple):
+    """What ``mta-ds generate`` has made."""
+
+    output: Path
+    manifest: GeneratedManifest | None
+    """None while parts are missing."""
+    pairs: PairCounts | None
+    """Preference records in ``output``/pairs.jsonl; None if none were asked for, or parts are missing."""
+
+
+def generate_run(config: RunConfig, shard_index: int | None = None, pair_with: str | None = None) -> Generated:
+    """Answer the prompts of ``config.generation``: all shards that are missing, or one.
+
+    Args:
+        pair_with: answered records (a folder that another run of this wrote, or any record files); once all parts are
+            there, these are joined by id as chosen with the new responses as rejected.
+
+    Raises:
+        UserError: no such model, or whatever the stage finds wrong.
+    """
+    generation = config.generation
+    folder, trusted = _answering_model(config)
+    output = generation.output or config.run_dir / "generated" / Path(generation.model).name
+    manifest = write_responses(
+        folder,
+        generation.inputs or config.data.train,
+        output,
+        config=generation,
+        data=config.data,
+        dtype=config.train.dtype,
+        shard_index=shard_index,
+        trust_remote_code=trusted,
+    )
+    if manifest is None or pair_with is None:
+        return Generated(output, manifest, None)
+    return Generated(output, manifest, write_pairs([pair_with], [str(output)], output / "pairs.jsonl"))
+
+
+def _answering_model(config: RunConfig) -> tuple[Path, bool]:
+    """The folder of ``generation.model``, and whether its own code may run."""
+    if config.generation.model == "teacher":
+        return teacher_folder(config), config.teacher.trust_remote_code
+    if config.generation.model != "student":
+        return resolve_model(config.generation.model), False
+    export = config.run_dir / "export"
+    folder = export if export.is_dir() else student_folder(config, teacher_folder(config))
+    return folder, config.student.trust_remote_code
 
 
 def evaluate_run(config: RunConfig, student: Path | None, name: str) -> Path:
@@ -24,7 +75,7 @@ def evaluate_run(config: RunConfig, student: Path | None, name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no model to evaluate; 'mta-ds export' writes it, or name one with --student")
     output = config.run_dir / "evaluation" / f"{name}.json"
-    teacher = resolve_model(config.teacher.path)
+    teacher = teacher_folder(config)
     evaluate(folder, teacher, output, config=config.evaluation, data=config.data, dtype=config.train.dtype)
     return output
 

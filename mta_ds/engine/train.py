@@ -5,10 +5,12 @@ Run it with ``mta-ds train CONFIG --nproc N``, or the same without ``--nproc`` a
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from mta_ds.engine.stopping import StopWatch
 from mta_ds.engine.validation import validate_run
 from mta_ds.errors import UserError
 from mta_ds.files import write_atomic
+from mta_ds.losses import DistiLLMConfig, Source
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +48,13 @@ def train(config: RunConfig) -> bool:
     stop = StopWatch(config.train.max_minutes)
     if step == 0:
         validate_run(run, step, log)
-    for batches in steps(run, step):
+    for source, batches in steps(run, step):
         step += 1
         began = time.perf_counter()
-        metrics = train_step(run, step, batches)
+        metrics = train_step(run, step, batches, source)
         if is_due(step, config.train.log_every, run.num_steps):
-            write_metrics(run, step, batches, metrics, time.perf_counter() - began, log)
-        if is_due(step, config.train.validate_every, run.num_steps):
+            write_metrics(run, step, batches, source, metrics, time.perf_counter() - began, log)
+        if is_due(step, validate_every(run), run.num_steps):
             validate_run(run, step, log)
         stopping = stop.agreed()
         if stopping or is_due(step, config.train.save_every, run.num_steps):
@@ -62,19 +65,21 @@ def train(config: RunConfig) -> bool:
     if finished:
         export(run.distiller.student.model, run.pair.student_dir, config.run_dir / "export")
     stop.close()
+    if run.rollouts is not None:
+        run.rollouts.close()
     if log is not None:
         log.close()
     return finished
 
 
-def train_step(run: Run, step: int, batches: list[Batch]) -> dict[str, Tensor]:
+def train_step(run: Run, step: int, batches: list[Batch], source: Source = Source.DATA) -> dict[str, Tensor]:
     """One optimizer step over this rank's micro-batches.
 
     Returns:
         This rank's share of every metric; their sum over ranks is the value of the whole step.
     """
     set_learning_rates(run, step)
-    counts = global_counts(batches)
+    counts = global_counts(batches, step, run.num_steps, source)
     shares: dict[str, Tensor] = {}
     for batch, count in zip(batches, counts, strict=True):
         loss, metrics = run.engine(batch.to(distributed.device()), run.teacher, count)
@@ -82,14 +87,17 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict[str, Tensor]:
         run.engine.step()
         for name, value in metrics.items():
             shares[name] = shares.get(name, 0) + value
+    run.method.after_step(step, shares, distributed.all_reduce_sum)
+    if run.teacher is not None:
+        run.teacher.release()
     return shares
 
 
-def steps(run: Run, done: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each step that is left."""
+def steps(run: Run, done: int) -> Iterator[tuple[Source, list[Batch]]]:
+    """Source and micro-batches of each step that is left."""
     run.loader.samples_consumed = done * samples_per_step(run)
-    for _, batches in zip(range(run.num_steps - done), run.loader, strict=False):
-        yield batches
+    for step in range(done + 1, run.num_steps + 1):
+        yield run.rollouts.next_step(step) if run.rollouts is not None else (Source.DATA, run.loader.next_step())
 
 
 def samples_per_step(run: Run) -> int:
@@ -120,6 +128,14 @@ def is_due(step: int, every: int | None, num_steps: int) -> bool:
     return step == num_steps or (every is not None and step % every == 0)
 
 
+def validate_every(run: Run) -> int | None:
+    """Steps between validations; once an epoch for a method that adapts to them, unless the config says."""
+    every = run.config.train.validate_every
+    if every is None and isinstance(run.config.loss, DistiLLMConfig):
+        return max(1, len(run.train) // samples_per_step(run))
+    return every
+
+
 def resume(run: Run) -> int:
     """Restore the newest valid checkpoint, if there is one; returns the number of steps done."""
     found = checkpoint.find_newest(run.config.run_dir / "checkpoints", run.config.training_hash(), run.zero_stage)
@@ -127,6 +143,9 @@ def resume(run: Run) -> int:
         return 0
     folder, progress = found
     checkpoint.load(run.engine, folder)
+    run.method.load_state(json.loads((folder / "method.json").read_text(encoding="utf-8")))
+    if run.rollouts is not None:
+        run.rollouts.load(folder / "rollouts.safetensors")
     logger.info("resumed from %s", folder)
     return progress.step
 
@@ -140,7 +159,13 @@ def save(run: Run, step: int) -> None:
         zero_stage=run.zero_stage,
         config_hash=run.config.training_hash(),
     )
-    checkpoint.save(run.engine, run.config.run_dir / "checkpoints", progress, run.config.train.keep_last)
+
+    def save_method(folder: Path) -> None:
+        (folder / "method.json").write_text(json.dumps(run.method.state()), encoding="utf-8")
+        if run.rollouts is not None:
+            run.rollouts.save(folder / "rollouts.safetensors")
+
+    checkpoint.save(run.engine, run.config.run_dir / "checkpoints", progress, run.config.train.keep_last, save_method)
 
 
 def open_log(run: Run, step: int) -> MetricsLog | None:
@@ -154,7 +179,13 @@ def open_log(run: Run, step: int) -> MetricsLog | None:
 
 
 def write_metrics(
-    run: Run, step: int, batches: list[Batch], shares: dict[str, Tensor], seconds: float, log: MetricsLog | None
+    run: Run,
+    step: int,
+    batches: list[Batch],
+    source: Source,
+    shares: dict[str, Tensor],
+    seconds: float,
+    log: MetricsLog | None,
 ) -> None:
     """Sum every metric over ranks (every rank must call it) and log the step.
 
@@ -171,6 +202,9 @@ def write_metrics(
     if log is None:
         return
     metrics: dict[str, Any] = {"samples": run.loader.samples_consumed} | totals
+    metrics |= {f"method/{name}": value for name, value in run.method.state().items()}
+    if run.rollouts is not None:
+        metrics |= {f"source/{each.value}": float(each is source) for each in Source}
     metrics["lr"] = run.engine.optimizer.param_groups[0]["lr"]
     metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
     perf = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes()}

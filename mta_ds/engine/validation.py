@@ -33,6 +33,9 @@ def validate_run(run: Run, step: int, log: MetricsLog | None) -> Validation | No
     )
     result = validate(score, batches, distributed.all_reduce_sum)
     run.engine.train()
+    if run.teacher is not None:
+        run.teacher.release()
+    run.method.after_validation(result.loss)
     if log is not None:
         log.write(step, {"validation/loss": result.loss, "validation/kl": result.kl or 0.0}, {})
         log.say(f"step {step}: held-out loss {result.loss:.4f}, KL to the teacher {result.kl or 0.0:.4f}")

@@ -1,6 +1,21 @@
 """Losses: ops become sums, normalisers and named metrics."""
 
-from mta_ds.losses.divergences import LossConfig, describe, make_divergence
+from mta_ds.losses.distillm import DistiLLMConfig
+from mta_ds.losses.distillm2 import DistiLLM2Config
+from mta_ds.losses.divergences import DivergenceConfig, describe, make_divergence
+from mta_ds.losses.fdd import FDDConfig
+from mta_ds.losses.method import (
+    BaseLoss,
+    KDConfig,
+    KeyLayerOptions,
+    Method,
+    MicroStep,
+    RolloutConfig,
+    Source,
+    StepCounts,
+    Teacher,
+)
+from mta_ds.losses.methods import METHODS, LossConfig, make_method
 from mta_ds.losses.mta import (
     GlobalCounts,
     MTAConfig,
@@ -14,36 +29,61 @@ from mta_ds.losses.mta import (
 )
 from mta_ds.ops import (
     Divergence,
+    HeadGradient,
     LayerGradients,
     LayerTerms,
     LinearDivergence,
     SpanLayout,
+    TrajectoryGradients,
     align_layer,
+    align_trajectory,
     attach,
+    attach_trajectory,
+    label_log_probs,
     linear_divergence,
     token_weights,
 )
 
 __all__ = [
+    "METHODS",
+    "BaseLoss",
+    "DistiLLM2Config",
+    "DistiLLMConfig",
     "Divergence",
+    "DivergenceConfig",
+    "FDDConfig",
     "GlobalCounts",
+    "HeadGradient",
+    "KDConfig",
+    "KeyLayerOptions",
     "LayerGradients",
     "LayerTerms",
     "LinearDivergence",
     "LossConfig",
     "MTAConfig",
     "MTALoss",
+    "Method",
+    "MicroStep",
+    "RolloutConfig",
+    "Source",
     "SpanLayout",
     "Spans",
+    "StepCounts",
+    "Teacher",
+    "TrajectoryGradients",
     "align_layer",
+    "align_trajectory",
     "attach",
+    "attach_trajectory",
     "count_sequences",
     "describe",
     "dsa_scale",
     "hid_scale",
+    "label_log_probs",
     "layer_weights",
     "linear_divergence",
     "make_divergence",
+    "make_method",
     "non_finite",
     "token_weights",
 ]

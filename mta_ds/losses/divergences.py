@@ -1,6 +1,8 @@
-"""The base loss of a run: its configuration, and what it optimises in one line."""
+"""Divergences as a configuration chooses them, and what each optimises in one line."""
 
 from __future__ import annotations
+
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -24,8 +26,9 @@ _FORMULAS = {
 }
 
 
-class LossConfig(Section):
-    """The base loss: a divergence between teacher and student, mixed with the label cross-entropy."""
+class DivergenceConfig(Section):
+    """A divergence between teacher and student, mixed with the label cross-entropy; every method has these keys that
+    leaves the divergence open."""
 
     divergence: DivergenceName = "fkl"
     alpha: float = Field(default=0.1, gt=0, lt=1)
@@ -38,7 +41,7 @@ class LossConfig(Section):
     """The loss is (1 - kd_ratio) · cross-entropy + kd_ratio · divergence."""
 
     @model_validator(mode="after")
-    def _options_belong(self) -> LossConfig:
+    def _options_belong(self) -> Self:
         # a default is never an error: the resolved config that a run writes down names every option
         for option, names in _OPTIONS.items():
             value = getattr(self, option)
@@ -47,8 +50,8 @@ class LossConfig(Section):
         return self
 
 
-def make_divergence(config: LossConfig, vocab_size: int | None = None) -> Divergence:
-    """The op's description of the configured loss; ``vocab_size`` cuts padding rows off the heads."""
+def make_divergence(config: DivergenceConfig, vocab_size: int | None = None) -> Divergence:
+    """The op's description of the configured divergence; ``vocab_size`` cuts padding rows off the heads."""
     return Divergence(
         name=config.divergence,
         alpha=config.alpha,

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mta_ds.config import Section
+from mta_ds.losses.method import KeyLayerOptions
 from mta_ds.ops import LayerTerms, SpanLayout, align_layer, attach
 from mta_ds.ops.key_layer import Reduction
 
 
-class MTAConfig(Section):
+class MTAConfig(KeyLayerOptions):
     """Weights, reduction and key layers of the structural losses (METHOD §4-7)."""
 
     lambda_dsa: float = Field(default=2.0, ge=0)
@@ -33,12 +33,6 @@ class MTAConfig(Section):
     num_word_layers: int = Field(default=1, ge=0)
     """Key layers, from the lowest, that align words; the others align phrases."""
     projection_lr: float = Field(default=5e-4, gt=0)
-    student_layers: tuple[int, ...] | None = None
-    teacher_layers: tuple[int, ...] | None = None
-    num_layers: int | None = Field(default=None, ge=1)
-    """Key layers, strided from the top of each model; 3 unless given."""
-    stride: int | None = Field(default=None, ge=1)
-    """Student layers between key layers; a quarter of its depth unless given."""
 
 
 class Spans(Protocol):

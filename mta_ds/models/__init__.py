@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from mta_ds.models.adapters import merged_folder
 from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, state_width, truncate
 from mta_ds.models.initialise import copy_tokenizer, cut_layers, random_student
 from mta_ds.models.key_layers import KeyLayer, resolve_key_layers
@@ -24,36 +25,56 @@ from mta_ds.models.loading import (
     resolve_model,
     vocabulary_size,
 )
-from mta_ds.models.teacher import PaddedBatch, StreamingTeacher, gathered, load_teacher, ragged
+from mta_ds.models.lora import (
+    LoraConfig,
+    adapter_parameters,
+    adapter_size,
+    base_name,
+    inject_adapters,
+    plain_parameters,
+    save_adapter,
+)
+from mta_ds.models.partitions import gathered
+from mta_ds.models.teacher import PaddedBatch, StreamingTeacher, load_teacher, ragged
+from mta_ds.models.whole import whole_copy
 from mta_ds.models.zero import student_config, teacher_config
 
 __all__ = [
     "CausalBody",
     "Dtype",
     "KeyLayer",
+    "LoraConfig",
     "PaddedBatch",
     "StreamingTeacher",
     "StudentConfig",
     "TeacherConfig",
     "Tokenizer",
+    "adapter_parameters",
+    "adapter_size",
+    "base_name",
     "copy_tokenizer",
     "count_parameters",
     "cut_layers",
     "decoder_layers",
     "gathered",
+    "inject_adapters",
     "load_config",
     "load_pretrained",
     "load_teacher",
     "load_tokenizer",
+    "merged_folder",
     "output_head",
+    "plain_parameters",
     "quiet_transformers",
     "ragged",
     "random_student",
     "resolve_key_layers",
     "resolve_model",
+    "save_adapter",
     "state_width",
     "student_config",
     "teacher_config",
     "truncate",
     "vocabulary_size",
+    "whole_copy",
 ]

@@ -36,6 +36,11 @@ class CausalBody(nn.Module):
         """The LM head's weight [vocabulary, hidden]."""
         return output_head(self.model)
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """A lower layer's state [n, d] through the model's final norm."""
+        normed: Tensor = final_norm(self.model)(hidden)
+        return normed
+
     def register_taps(self) -> None:
         """Put the hooks on the key layers: once, and after ``deepspeed.initialize``.
 
@@ -88,6 +93,24 @@ def decoder_layers_named(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
             return name, module
     raise UserError(f"{type(model).__name__}: cannot find its decoder layers; the architecture is not supported")
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last decoder layer and the head: the last one that is in no decoder layer.
+
+    Raises:
+        UserError: the model has none (some OPT).
+    """
+    inside, _ = decoder_layers_named(model)
+    norms = [
+        module
+        for name, module in model.base_model.named_modules(prefix=model.base_model_prefix)
+        if "norm" in type(module).__name__.lower() and not name.startswith(f"{inside}.")
+    ]
+    if not norms:
+        raise UserError(f"{type(model).__name__}: has no final norm; set loss.final_norm: false")
+    norm: nn.Module = norms[-1]
+    return norm
 
 
 def truncate(model: PreTrainedModel, num_layers: int) -> None:

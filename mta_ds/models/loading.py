@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from mta_ds.config import Section
 from mta_ds.errors import UserError
+from mta_ds.models.lora import LoraConfig
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -46,6 +47,8 @@ class TeacherConfig(Section):
 
     path: str
     """A Hugging Face model folder (or a hub name, where the machine reaches the hub)."""
+    adapter: Path | None = None
+    """A folder with a LoRA adapter of that model (peft's, in safetensors); merged once, into the run's cache."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON for the teacher's engine; the default partitions it under ZeRO-3 with DeepSpeed's own sizes."""
     trust_remote_code: bool = False
@@ -60,6 +63,8 @@ class StudentConfig(Section):
     """A model's config.json: its weights are drawn at random (seed ``train.seed``)."""
     teacher_layers: tuple[int, ...] | int | None = None
     """Layers (from 0) of the teacher that the student starts from, or k for every k-th counted down from the top."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters beside the projections, the model's own weights frozen; null trains all weights."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON for the student's engine (ZeRO stage 1, 2 or 3); the default is ZeRO-3."""
     trust_remote_code: bool = False

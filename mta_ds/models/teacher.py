@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from mta_ds.models.body import CausalBody, decoder_layers, truncate
-from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained, resolve_model
+from mta_ds.models.body import CausalBody, decoder_layers, final_norm, truncate
+from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained
+from mta_ds.models.partitions import gathered, whole
 from mta_ds.models.zero import teacher_config
 
 
@@ -39,6 +41,8 @@ class StreamingTeacher:
     def __init__(self, engine: Any, body: CausalBody) -> None:
         self._engine = engine
         self._body = body
+        self._head: Tensor | None = None
+        self._norm: nn.Module | None = None
 
     @torch.no_grad()
     def run(self, batch: PaddedBatch, on_key_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:
@@ -55,11 +59,32 @@ class StreamingTeacher:
         final = self._engine(batch.input_ids, batch.attention_mask, on_layer=hand_out)
         return ragged(final, batch.valid)
 
-    @contextmanager
-    def gathered_head(self) -> Iterator[Tensor]:
-        """The LM head's weight [vocabulary, d_T], whole on every rank while the block runs."""
-        with gathered([self._body.head]):
-            yield self._body.head.data
+    def head(self) -> Tensor:
+        """The LM head's weight [vocabulary, d_T], whole; every rank must ask. Gathered once, until :meth:`release`."""
+        if self._head is None:
+            with gathered([self._body.head]):
+                self._head = whole(self._body.head)
+        return self._head
+
+    def norm(self) -> nn.Module:
+        """The final norm with whole weights, for states of lower layers; like :meth:`head`.
+
+        A twin of the model's own, which ZeRO-3 would fetch and release in the middle of the forward it is used in.
+        """
+        if self._norm is None:
+            own = final_norm(self._body.model)
+            self._norm = copy.copy(own)
+            vars(self._norm).update(vars(nn.Module()), training=False, _buffers=own._buffers, _modules=own._modules)
+            with gathered(list(own.parameters())):
+                self._norm._parameters = {
+                    name: None if parameter is None else nn.Parameter(whole(parameter), requires_grad=False)
+                    for name, parameter in own._parameters.items()
+                }
+        return self._norm
+
+    def release(self) -> None:
+        """Give back what :meth:`head` and :meth:`norm` hold: at the end of an optimizer step."""
+        self._head = self._norm = None
 
 
 def ragged(hidden: Tensor, valid: Tensor) -> Tensor:
@@ -67,26 +92,24 @@ def ragged(hidden: Tensor, valid: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, valid)
 
 
-@contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters on every rank while the block runs, for reading, whatever the ZeRO stage."""
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-        yield
-
-
 def load_teacher(
-    config: TeacherConfig, dtype: Dtype, micro_batch_size: int, key_layers: Sequence[int], needs_final: bool
+    folder: Path,
+    config: TeacherConfig,
+    dtype: Dtype,
+    micro_batch_size: int,
+    key_layers: Sequence[int],
+    needs_final: bool,
 ) -> StreamingTeacher:
     """Load the teacher into ZeRO-3 partitions and wrap it in its engine; torch.distributed must be initialised.
 
     Args:
+        folder: the teacher's plain model folder, any adapter already merged.
         key_layers: teacher layers that are handed out, in transformers' numbering.
         needs_final: whether the final state (for the divergence) is needed; if not, the teacher is cut after the last
             key layer.
     """
     engine_config = teacher_config(config.deepspeed, dtype, micro_batch_size)
-    model = load_pretrained(resolve_model(config.path), dtype, engine_config, config.trust_remote_code)
+    model = load_pretrained(folder, dtype, engine_config, config.trust_remote_code)
     model.requires_grad_(False)
     model.eval()
     num_layers = len(decoder_layers(model))

@@ -37,16 +37,17 @@ class Parsing(Protocol):
 
 
 @contextmanager
-def open_pool(parser: Parser, spec: str | None, workers: int | None) -> Iterator[Parsing]:
+def open_pool(parser: Parser, spec: str | None, workers: int | None, device: str = "cpu") -> Iterator[Parsing]:
     """Parse in this process or in several; a short input never starts any.
 
     Args:
         parser: what this process would parse with.
         spec: how a worker loads the same.
-        workers: processes; None: one for each core that this process may use.
+        workers: processes; None: one for each core that this process may use, or one for a GPU.
+        device: where parsers run; this process' own is there already.
     """
-    num_workers = workers or len(os.sched_getaffinity(0))
-    pool = _Lazy(parser, spec, num_workers)
+    num_workers = workers or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+    pool = _Lazy(parser, spec, num_workers, device)
     try:
         yield pool
     finally:
@@ -56,8 +57,8 @@ def open_pool(parser: Parser, spec: str | None, workers: int | None) -> Iterator
 class _Lazy:
     """This process' own parser until there is more work than starting workers would take."""
 
-    def __init__(self, parser: Parser, spec: str | None, num_workers: int) -> None:
-        self._parser, self._spec, self._num_workers = parser, spec, num_workers
+    def __init__(self, parser: Parser, spec: str | None, num_workers: int, device: str) -> None:
+        self._parser, self._spec, self._num_workers, self._device = parser, spec, num_workers, device
         self._pool: ParserPool | None = None
 
     def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
@@ -70,7 +71,7 @@ class _Lazy:
             if len(first) < 2 * self._num_workers:
                 yield from map(self._parse, first)
                 return
-            self._pool = ParserPool(self._spec, self._num_workers)
+            self._pool = ParserPool(self._spec, self._num_workers, self._device)
             units = chain(first, units)
         yield from self._pool.map(units)
 
@@ -93,17 +94,18 @@ class ParserPool:
         UserError: a worker was killed, or could not load the parser.
     """
 
-    def __init__(self, spec: str | None, num_workers: int) -> None:
+    def __init__(self, spec: str | None, num_workers: int, device: str = "cpu", ahead: int = _AHEAD) -> None:
+        """``ahead``: units that a worker may have before ``submit`` waits."""
         context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
         self._results: dict[int, Parsed] = {}
         self._next = 0
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, spec), daemon=True)
+            process = context.Process(target=_work, args=(theirs, spec, device), daemon=True)
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process, ours))
+            self._workers.append(_Worker(process, ours, ahead))
 
     def submit(self, fields: Sequence[Field]) -> int:
         """Queue one unit of work."""
@@ -159,13 +161,13 @@ class ParserPool:
 class _Worker:
     """One process, its pipe, and the tickets it has."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection) -> None:
-        self.process, self.pipe = process, pipe
+    def __init__(self, process: multiprocessing.process.BaseProcess, pipe: Connection, ahead: int) -> None:
+        self.process, self.pipe, self._ahead = process, pipe, ahead
         self.tickets: deque[int] = deque()
 
     @property
     def is_full(self) -> bool:
-        return len(self.tickets) >= _AHEAD
+        return len(self.tickets) >= self._ahead
 
     def send(self, ticket: int, fields: list[Field]) -> None:
         self.tickets.append(ticket)
@@ -194,14 +196,14 @@ class _Worker:
         )
 
 
-def _work(pipe: Connection, spec: str | None) -> None:
+def _work(pipe: Connection, spec: str | None, device: str) -> None:
     """A worker: units from a thread that always reads, so that a parent never waits to hand one over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     torch.set_num_threads(1)
     units: SimpleQueue[list[Field] | None] = SimpleQueue()
     threading.Thread(target=_read, args=(pipe, units), daemon=True).start()
     try:
-        parser = load_parser(spec)
+        parser = load_parser(spec, device)
         while (fields := units.get()) is not None:
             pipe.send(parse_fields(fields, parser))
     except UserError as error:

@@ -1,8 +1,9 @@
 """Read text records of every format in use, streamed, each with a stable id; bad rows are rejects with a reason.
 
 Formats, told by their keys: ``{instruction, input, output}``, ``{prompt, response | output | completion}``,
-``{messages: [{role, content}, ...]}``, ``{prompt, chosen, rejected}``, ``{text}``. Sources: JSON lines (also .gz and
-.zst), Parquet, folders and globs of these, a folder that ``datasets`` saved, or a ``datasets`` name.
+``{messages: [{role, content}, ...]}``, ``{text}``; and preferences, any of the first three with ``chosen`` and
+``rejected`` in place of the response. Sources: JSON lines (also .gz and .zst), Parquet, folders and globs of these, a
+folder that ``datasets`` saved, or a ``datasets`` name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import glob
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -26,8 +27,19 @@ from mta_ds.files import belongs_to_shard
 
 Format = Literal["instruction", "prompt", "messages", "preference", "text"]
 
-_ORDERS = (("instruction", "input", "output"), ("prompt", "response"), ("prompt", "chosen", "rejected"))
-_RESPONSES = ("response", "output", "completion")
+HALVES = ("chosen", "rejected")
+"""The two responses of a preference record."""
+
+_ORDERS = (
+    ("instruction", "input", "output"),
+    ("instruction", "input", *HALVES),
+    ("prompt", "response"),
+    ("prompt", *HALVES),
+)
+RESPONSES = ("response", "output", "completion")
+"""Names that the response of a prompt may have."""
+GENERATION = "generation.json"
+"""In a folder that ``mta-ds generate`` writes to: what its texts are made of. Only its parts are records."""
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _SUFFIXES = (*_LINES, ".parquet")
 
@@ -40,13 +52,16 @@ class Record:
     """Given, else a hash of the content."""
     format: Format
     fields: dict[str, str]
-    """instruction, input, output | prompt, response | messages.0, messages.1, ... | prompt, chosen, rejected | text"""
+    """instruction, input, output | prompt, response | messages.0, messages.1, ... | text; a preference has chosen and
+    rejected after its prompt's fields."""
     roles: tuple[str, ...]
-    """Of ``messages``: one a field; else empty."""
+    """Of ``messages``: one a field (none for chosen and rejected); else empty."""
     references: tuple[str, ...]
     """Acceptable responses, the first is the one that is trained on; empty where there is none."""
     where: str
     """"file.jsonl:12", for error messages."""
+    unfinished: frozenset[str] = frozenset()
+    """Fields with a response that a length limit cut off (``"ended": false`` in the row): no EOS follows them."""
 
 
 class Reject(NamedTuple):
@@ -65,13 +80,19 @@ def read_records(inputs: Sequence[str], *, num_shards: int = 1, shard_index: int
     """Stream the records of ``inputs`` that belong to a shard, round robin by position in the whole input.
 
     Raises:
-        UserError: an input that is no file, folder, glob or data set.
+        UserError: an input that is no file, folder, glob or data set, or a folder that is still being generated.
     """
+    for where, row in read_rows(inputs, num_shards=num_shards, shard_index=shard_index):
+        yield parse_row(row, where)
+
+
+def read_rows(inputs: Sequence[str], *, num_shards: int = 1, shard_index: int = 0) -> Iterator[tuple[str, Any]]:
+    """(where, row) of every row that :func:`read_records` makes a record of, for :func:`parse_row`."""
     ordinal = count()
     for source in inputs:
         for where, row in _rows(source):
             if belongs_to_shard(next(ordinal), num_shards, shard_index):
-                yield parse_row(_decode(row) if isinstance(row, bytes) else row, where)
+                yield where, _decode(row) if isinstance(row, bytes) else row
 
 
 def text_hash(text: str) -> bytes:
@@ -89,7 +110,8 @@ def input_files(source: str) -> list[Path]:
     """The record files that a path, folder or glob names, sorted; empty for what may be a ``datasets`` name.
 
     Raises:
-        UserError: a path that is not there, a glob or folder without record files.
+        UserError: a path that is not there, a glob or folder without record files, or one that is still being
+            generated.
     """
     path = Path(source).expanduser()
     if _saved_dataset(source) is not None:
@@ -99,9 +121,9 @@ def input_files(source: str) -> list[Path]:
             raise UserError(f"{source}: not a record file; want one of {', '.join(_SUFFIXES)}")
         return [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
+        files = _only_records(p for p in path.rglob("*") if p.is_file())
     elif glob.has_magic(source):
-        files = sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.name.endswith(_SUFFIXES))
+        files = _only_records(map(Path, glob.glob(source, recursive=True)))
     else:
         if _looks_like_a_path(source):
             raise UserError(f"{source}: no such file{_nearest(path)}")
@@ -111,9 +133,27 @@ def input_files(source: str) -> list[Path]:
     return files
 
 
+def _only_records(files: Iterable[Path]) -> list[Path]:
+    """Files with a name that records have, sorted; of a folder of generated records its parts alone."""
+    found = []
+    for file in sorted(files):
+        if file.name.endswith(_SUFFIXES) and (file.parent / GENERATION).is_file():
+            if not (file.parent / "manifest.json").is_file():
+                raise UserError(
+                    f"{file.parent}: parts are missing; run 'mta-ds generate' again, which makes only these"
+                )
+            if not file.match("part-*.jsonl"):
+                continue
+        if file.name.endswith(_SUFFIXES):
+            found.append(file)
+    return found
+
+
 def may_follow(field: str, later: str) -> bool:
     """Whether ``later`` can come after ``field`` in the reading order of one record."""
-    if field.startswith("messages.") and later.startswith("messages."):
+    if field.startswith("messages."):
+        if not later.startswith("messages."):
+            return later in HALVES
         return int(field.removeprefix("messages.")) < int(later.removeprefix("messages."))
     return any(field in order and later in order[order.index(field) + 1 :] for order in _ORDERS)
 
@@ -133,22 +173,33 @@ def parse_row(row: Any, where: str) -> Record | Reject:
     kept = {name: text for name, text in fields.items() if text}
     if not any(text.strip() for text in kept.values()):
         return Reject(where, "no text", given)
-    kept_roles = tuple(role for role, text in zip(roles, fields.values(), strict=True) if text) if roles else ()
-    return Record(given or content_id(kept, kept_roles), kind, kept, kept_roles, references, where)
+    # the roles are those of the first fields: a preference has its two responses behind them
+    kept_roles = tuple(role for role, text in zip(roles, fields.values(), strict=False) if text)
+    record_id = given or content_id(kept, kept_roles)
+    return Record(record_id, kind, kept, kept_roles, references, where, _unfinished(row, kind, kept))
+
+
+def _unfinished(row: dict[str, Any], kind: Format, fields: dict[str, str]) -> frozenset[str]:
+    """The responses that ``ended`` says were cut off: false or, for a preference, {"chosen": false, ...}."""
+    ended = row.get("ended")
+    if kind == "preference":
+        by_half = ended if isinstance(ended, dict) else dict.fromkeys(HALVES, ended)
+        return frozenset(half for half in HALVES if by_half.get(half) is False)
+    return frozenset([next(reversed(fields))]) if ended is False else frozenset()
 
 
 def _content(row: dict[str, Any]) -> tuple[Format, dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    if _is_preference(row):
+        fields, roles = _preference_prompt(row)
+        fields |= {half: _text(row, half) for half in HALVES}
+        return "preference", fields, roles, (fields["chosen"],) if fields["chosen"] else ()
     if "messages" in row:
         return _messages(row["messages"])
-    if "chosen" in row or "rejected" in row:
-        fields = {name: _text(row, name) for name in ("prompt", "chosen", "rejected")}
-        return "preference", fields, (), (fields["chosen"],)
     if "instruction" in row:
         references = _responses(row, "output")
-        fields = {"instruction": _text(row, "instruction"), "input": _text(row, "input", optional=True)}
-        return "instruction", fields | {"output": references[0] if references else ""}, (), references
+        return "instruction", _instruction(row) | {"output": references[0] if references else ""}, (), references
     if "prompt" in row:
-        name = next((n for n in _RESPONSES if n in row), "response")
+        name = next((n for n in RESPONSES if n in row), "response")
         references = _responses(row, name)
         return (
             "prompt",
@@ -160,6 +211,25 @@ def _content(row: dict[str, Any]) -> tuple[Format, dict[str, str], tuple[str, ..
         return "text", {"text": _text(row, "text")}, (), ()
     keys = ", ".join(sorted(map(str, row))) or "none"
     raise _BadRow(f"missing field: want text, messages, prompt or instruction, found {keys}")
+
+
+def _is_preference(row: dict[str, Any]) -> bool:
+    # beside messages, other data sets have whole conversations under these names
+    return any(isinstance(row.get(half), str) if "messages" in row else half in row for half in HALVES)
+
+
+def _preference_prompt(row: dict[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The fields before chosen and rejected, and the roles of those that are messages."""
+    if "messages" in row:
+        _, fields, roles, _ = _messages(row["messages"])
+        if roles[-1] == "assistant":
+            raise _BadRow("messages: the last is the assistant's, so that chosen and rejected answer nothing")
+        return fields, roles
+    return (_instruction(row) if "instruction" in row else {"prompt": _text(row, "prompt")}), ()
+
+
+def _instruction(row: dict[str, Any]) -> dict[str, str]:
+    return {"instruction": _text(row, "instruction"), "input": _text(row, "input", optional=True)}
 
 
 def _messages(messages: Any) -> tuple[Format, dict[str, str], tuple[str, ...], tuple[str, ...]]:

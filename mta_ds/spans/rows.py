@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from mta_ds.spans.parser import Constituent, Parse, Parser
 from mta_ds.spans.records import text_hash
 from mta_ds.spans.segment import Segment, segment, split_to_fit
-from mta_ds.spans.store import SCHEMA
+from mta_ds.spans.store import SCHEMA, Units
 
 # One unit of work: enough sentences for full encoder batches, few enough to be held by every worker.
 FIELDS_AT_ONCE = 256
@@ -35,6 +36,21 @@ class Parsed(NamedTuple):
 
     table: pa.Table
     counts: dict[str, int]
+
+    def units(self) -> Iterator[Units]:
+        """The rows as a store's reader gives them, one a field."""
+        for row in self.table.to_pylist():
+            words = [(word["start"], word["end"]) for word in row["words"]]
+            ranges = [(c["start_word"], c["end_word"], c["height"]) for c in row["constituents"]]
+            yield Units(
+                text_hash=row["text_hash"],
+                num_chars=row["num_chars"],
+                sentences=np.array(row["sentences"], dtype=np.int32),
+                words=np.array(words, dtype=np.int32).reshape(-1, 2),
+                tags=row["tags"],
+                constituents=np.array(ranges, dtype=np.int32).reshape(-1, 3),
+                labels=[c["label"] for c in row["constituents"]],
+            )
 
 
 def batches(fields: Iterable[Field]) -> Iterator[list[Field]]:

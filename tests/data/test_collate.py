@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mta_ds.data import GRANULARITIES, Example, collate
+from mta_ds.data import GRANULARITIES, Example, collate, total
 
 
 def example(length: int, num_spans: int, seed: int) -> Example:
@@ -43,5 +43,15 @@ def test_batch_equals_loops(shapes: list[tuple[int, int]]) -> None:
         assert batch.counts.covered[granularity] == (sizes >= 1).sum()
         assert batch.counts.comparable[granularity] == (sizes >= 2).sum()
     assert batch.counts.tokens == sum(t != -100 for t in targets) and batch.counts.sequences == len(shapes)
+    assert batch.counts.valid_tokens == sum(n for n, _ in shapes) and batch.rejected == (False,) * len(shapes)
     assert all(t.dtype == torch.int64 for t in (batch.input_ids, batch.valid, batch.targets, batch.cu_seqlens))
     assert batch.to(torch.device("cpu")).targets.tolist() == targets
+
+
+def test_total_adds_every_count() -> None:
+    first = collate([example(5, 3, 0), example(4, 0, 1)], pad_id=0).counts
+    second = collate([example(9, 2, 2)], pad_id=0).counts
+    both = total([first, second])
+    assert (both.valid_tokens, both.sequences, both.tokens) == (18, 3, first.tokens + second.tokens)
+    assert both.covered == {"word": 2, "phrase": 2} and both.comparable == {"word": 2, "phrase": 1}
+    assert total([]).valid_tokens == 0

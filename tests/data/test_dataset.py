@@ -16,6 +16,7 @@ from support import train_tokenizer
 from mta_ds.data import DataConfig, Record, SpanStore, build_dataset, encode, read_records
 from mta_ds.errors import UserError
 from mta_ds.models import load_tokenizer
+from mta_ds.spans.parse import ParseConfig, parse
 
 
 @pytest.fixture
@@ -174,6 +175,7 @@ def test_killed_while_building_leaves_no_half_cache(pair: Path, tokenizer, tmp_p
 import os, signal
 import mta_ds.data.dataset as d
 from mta_ds.models import load_tokenizer
+from mta_ds.spans.parse import ParseConfig, parse
 from pathlib import Path
 encode_parts = d.encode_parts
 def dying(record, *rest):
@@ -190,3 +192,56 @@ d.build_dataset([str(pair / "train.jsonl")], d.DataConfig(), tokenizer, None, Pa
     dataset = build_dataset([str(pair / "train.jsonl")], DataConfig(), tokenizer, None, tmp_path)
     assert len(dataset) == 24
     assert [p.name for p in tmp_path.iterdir()] == [next(tmp_path.glob("examples-*")).name]
+
+
+def preferences(pair: Path, tmp_path: Path, *more: dict) -> tuple[str, list[Record]]:
+    """The pair's records with two responses each, in the fields of their prompt."""
+    rows = [json.loads(line) for line in (pair / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"chosen": row["output"], "rejected": f"Not so: {row['output'][::-1]}"} for row in rows]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]), encoding="utf-8")
+    return str(file), [r for r in read_records([str(file)]) if isinstance(r, Record)]
+
+
+def test_a_pair_is_two_examples_side_by_side_with_the_spans_of_both(pair: Path, tokenizer, tmp_path: Path) -> None:
+    file, records = preferences(pair, tmp_path)
+    parse(ParseConfig(inputs=(file,), output=tmp_path / "spans", workers=1))
+    store = SpanStore.open(tmp_path / "spans")
+    config = DataConfig(max_length=400)
+    dataset = build_dataset([file], config, tokenizer, store, tmp_path / "cache", pairs=True)
+    assert (dataset.group, dataset.summary.records, len(dataset)) == (2, 24, 48)
+    tokens = 0
+    for i, record in enumerate(records):
+        for half, name in enumerate(("chosen", "rejected")):
+            ours, expected = dataset[2 * i + half], encode(record, config, tokenizer, store.units, half=name)
+            assert (ours.record_id, ours.is_rejected) == (record.id, bool(half))
+            assert ours.input_ids.tolist() == expected.input_ids.tolist()
+            assert ours.labels.tolist() == expected.labels.tolist()
+            inside = {g: spans[spans[:, 0] >= ours.prompt_length] for g, spans in ours.spans.items()}
+            assert all(ours.spans[g].tolist() == expected.spans[g].tolist() and len(inside[g]) for g in inside)
+            assert tokenizer.decode(ours.input_ids[ours.labels != -100]) == f"{record.fields[name]}<|end|>"
+            tokens += len(ours.input_ids)
+    assert dataset.summary.tokens == tokens and dataset.summary.with_spans == 24
+    # without pairs the same file is the chosen responses, under a cache of its own
+    chosen = build_dataset([file], config, tokenizer, store, tmp_path / "cache")
+    assert (chosen.group, len(chosen)) == (1, 24) and not chosen[1].is_rejected
+    assert all(np.array_equal(chosen[i].input_ids, dataset[2 * i].input_ids) for i in range(24))
+
+
+def test_a_pair_is_dropped_whole(pair: Path, tokenizer, tmp_path: Path) -> None:
+    empty = {"id": "empty", "prompt": "Say.", "chosen": "Yes.", "rejected": ""}
+    long = {"id": "long", "prompt": "word " * 900, "chosen": "Yes.", "rejected": "No."}
+    file, _ = preferences(pair, tmp_path, empty, long)
+    config = DataConfig(max_length=2000, max_prompt_length=800, long_prompts="drop")
+    dataset = build_dataset([file], config, tokenizer, None, tmp_path / "cache", pairs=True)
+    assert dataset.summary.dropped == {"without a response": 1, "with a prompt over max_prompt_length": 1}
+    assert dataset.summary.records == 24 and len(dataset) == 48
+    assert [dataset[i].is_rejected for i in range(4)] == [False, True, False, True]
+
+
+def test_pairs_want_both_responses(pair: Path, tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl:1: record \S+ has no chosen and rejected.*--pair-with"):
+        build_dataset([str(pair / "train.jsonl")], DataConfig(), tokenizer, None, tmp_path, pairs=True)
+    file, _ = preferences(pair, tmp_path, {"id": "half", "prompt": "Say.", "chosen": "Yes."})
+    with pytest.raises(UserError, match=r"pairs\.jsonl:25: missing field: rejected"):
+        build_dataset([file], DataConfig(), tokenizer, None, tmp_path, pairs=True)

@@ -9,10 +9,11 @@ from mta_ds.data import Example, StepLoader, sample_order
 
 
 class Numbered:
-    """Example i has one token, i."""
+    """Example i has one token, i; with ``group`` 2, two follow one another for each record."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, group: int = 1) -> None:
         self.size = size
+        self.group = group
 
     def __len__(self) -> int:
         return self.size
@@ -20,7 +21,7 @@ class Numbered:
     def __getitem__(self, i: int) -> Example:
         ids = np.array([i], dtype=np.int32)
         none = np.zeros((0, 2), dtype=np.int32)
-        return Example(str(i), ids, ids, {"word": none, "phrase": none}, 0)
+        return Example(str(i), ids, ids, {"word": none, "phrase": none}, 0, is_rejected=i % self.group == 1)
 
 
 def steps(size: int, micro: int, gas: int, world: int, num: int, start: int = 0, seed: int = 3) -> list[list[int]]:
@@ -69,3 +70,17 @@ def test_position_and_epoch_are_known() -> None:
     assert (loader.samples_consumed, loader.epoch, loader.samples_per_step) == (12, 1, 4)
     with pytest.raises(ValueError, match="no examples"):
         StepLoader(Numbered(0), 0, 0, 1, 1, 0, 1)
+
+
+@pytest.mark.parametrize(("micro", "gas", "world"), [(6, 1, 1), (3, 2, 1), (1, 2, 3)])
+def test_pairs_come_whole_and_in_the_order_of_their_records(micro: int, gas: int, world: int) -> None:
+    single = steps(7, 6, 1, 1, 4)
+    loaders = [StepLoader(Numbered(14, group=2), 0, 3, micro, gas, rank, world) for rank in range(world)]
+    for expected in single:
+        per_rank = [loader.next_step() for loader in loaders]
+        batches = [batches[i] for i in range(gas) for batches in per_rank]
+        assert all(batch.rejected == (False, True) * micro for batch in batches)
+        assert all(len(batch.input_ids) == batch.counts.sequences == 2 * micro for batch in batches)
+        found = [int(record) for batch in batches for record in batch.record_ids]
+        assert found == [2 * record + half for record in expected for half in (0, 1)]
+    assert loaders[0].epoch == 4 * 6 // 7 and loaders[0].samples_consumed == 24

@@ -169,6 +169,66 @@ def test_preferences_train_on_the_chosen_response(tokenizer) -> None:
         assert not any("bad" in part.text for part in parts)
 
 
+PROMPTS = [
+    {"prompt": "Ask"},
+    {"instruction": "Add.", "input": "1 2"},
+    {"instruction": "Go."},
+    {"messages": [{"role": "user", "content": "Hi"}]},
+]
+RESPONSE = {"prompt": "response", "instruction": "output"}
+
+
+@pytest.mark.parametrize("template", ["minillm", "plain", "chat"])
+@pytest.mark.parametrize("row", PROMPTS, ids=lambda row: next(iter(row)))
+def test_each_half_of_a_preference_is_rendered_like_a_record_of_its_own(tokenizer, template, row: dict) -> None:
+    both = record(**row, chosen="good", rejected="bad")
+    for half, text in (("chosen", "good"), ("rejected", "bad")):
+        if "messages" in row:
+            alone = record(messages=[*row["messages"], {"role": "assistant", "content": text}])
+        else:
+            alone = record(**row, **{RESPONSE[next(iter(row))]: text})
+        ours, expected = render(both, template, tokenizer, half=half), render(alone, template, tokenizer)
+        assert [(p.text, p.is_response, p.ends_with_eos) for p in ours] == [
+            (p.text, p.is_response, p.ends_with_eos) for p in expected
+        ]
+        assert [piece.field for piece in ours[1].pieces] == [half]
+        assert_pieces_are_the_fields(both, ours)
+        asked = [render(r, template, tokenizer, with_response=False) for r in (both, alone)]
+        assert asked[0] == asked[1] and len(asked[0]) == 1
+
+
+def test_a_conversation_before_a_preference(tokenizer) -> None:
+    turns = [{"role": r, "content": t} for r, t in (("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]
+    ours = record(messages=turns, chosen="So long", rejected="No")
+    parts = render(ours, "chat", tokenizer, half="rejected")
+    assert [p.text for p in parts if p.is_response] == ["Hello<|end|>", "No<|end|>"]
+    assert_pieces_are_the_fields(ours, parts)
+    (asked,) = render(ours, "chat", tokenizer, with_response=False)
+    assert asked.text == "".join(p.text for p in parts[:-1])
+    with pytest.raises(UserError, match=r"needs data\.template: chat"):
+        render(ours, "minillm", tokenizer)
+
+
+@pytest.mark.parametrize("template", ["minillm", "plain", "chat"])
+def test_a_response_that_was_cut_off_has_no_end(tokenizer, template) -> None:
+    whole = render(record(prompt="Ask", response="good"), template, tokenizer)
+    cut = render(record(prompt="Ask", response="good", ended=False), template, tokenizer)
+    assert cut[0] == whole[0] and (cut[1].text, cut[1].ends_with_eos) == ("good", False)
+    assert whole[1].ends_with_eos or whole[1].text == "good<|end|>"
+    ours = record(prompt="Ask", chosen="good", rejected="bad", ended={"chosen": True, "rejected": False})
+    assert render(ours, template, tokenizer)[1:] == [
+        Part(whole[1].text, True, (whole[1].pieces[0]._replace(field="chosen"),), whole[1].ends_with_eos)
+    ]
+    (_, rejected) = render(ours, template, tokenizer, half="rejected")
+    assert (rejected.text, rejected.ends_with_eos) == ("bad", False)
+
+
+def test_only_the_last_turn_can_be_cut_off(tokenizer) -> None:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(["a", "b", "c", "d"])]
+    parts = render(record(messages=turns, ended=False), "chat", tokenizer)
+    assert [(p.text, p.ends_with_eos) for p in parts if p.is_response] == [("b<|end|>", False), ("d", False)]
+
+
 def test_the_prompt_of_a_conversation_knows_its_fields(tokenizer) -> None:
     ours = conversation("Hi", "Hello", "Who are you?", "A test")
     (part,) = render(ours, "chat", tokenizer, with_response=False)

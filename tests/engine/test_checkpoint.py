@@ -21,12 +21,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.value = torch.zeros(3)
+        self.module = torch.nn.Linear(1, 1)
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        assert not save_latest
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+        assert not save_latest and not exclude_frozen_parameters
         save_file({"value": self.value}, Path(folder) / tag / "model.safetensors")
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+    def load_checkpoint(self, folder: str, tag: str, load_module_strict: bool) -> tuple[str, dict]:
+        assert load_module_strict
         return tag, {}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import read_metrics, run_command, write_config
+from support import assert_same_run, run_command, train, write_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -27,26 +27,11 @@ from mta_ds.models import CausalBody, load_pretrained, load_tokenizer, ragged
 STEPS = 3
 
 
-def train(pair: Path, run_dir: Path, nproc: int, **changes: object) -> tuple[list[dict[str, float]], dict]:
-    run_command("train", write_config(pair, run_dir, **changes), "--nproc", nproc)
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
-    return read_metrics(run_dir), model.state_dict()
-
-
 @pytest.fixture(scope="session")
 def one_rank(pair: Path, tmp_path_factory: pytest.TempPathFactory):
     """The reference run: one rank, four sequences a step."""
     run_dir = tmp_path_factory.mktemp("one")
     return run_dir, *train(pair, run_dir, 1)
-
-
-def assert_same_run(a, b, tolerance: float = 1e-5) -> None:
-    for ours, theirs in zip(a[0], b[0], strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            assert value == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
-    for name, weight in a[1].items():
-        assert torch.allclose(weight.float(), b[1][name].float(), rtol=tolerance, atol=tolerance), name
 
 
 def plain_loop(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:

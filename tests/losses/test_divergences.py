@@ -7,7 +7,7 @@ import yaml
 
 from mta_ds.config import dump, validate
 from mta_ds.errors import UsageError
-from mta_ds.losses import LossConfig, describe, make_divergence
+from mta_ds.losses import KDConfig, describe, make_divergence
 
 
 @pytest.mark.parametrize(
@@ -25,21 +25,21 @@ from mta_ds.losses import LossConfig, describe, make_divergence
 )
 def test_wrong_values_are_one_line(values, message):
     with pytest.raises(UsageError, match=message):
-        validate(values, LossConfig, where="run.yaml")
+        validate(values, KDConfig, where="run.yaml")
 
 
 @pytest.mark.parametrize("name", ["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl"])
 def test_a_written_configuration_reads_back(name):
-    config = LossConfig(divergence=name)
-    assert validate(yaml.safe_load(dump(config)), LossConfig, where="run.yaml") == config
+    config = KDConfig(divergence=name)
+    assert validate(yaml.safe_load(dump(config)), KDConfig, where="run.yaml") == config
 
 
 def test_every_option_reaches_the_op():
-    config = LossConfig(divergence="srkl", alpha=0.2, detach_mixture=True, kd_ratio=0.7)
+    config = KDConfig(divergence="srkl", alpha=0.2, detach_mixture=True, kd_ratio=0.7)
     divergence = make_divergence(config, vocab_size=50)
     assert (divergence.name, divergence.alpha, divergence.vocab_size) == ("srkl", 0.2, 50)
     assert divergence.detach_mixture and divergence.kd_ratio == 0.7 and divergence.needs_teacher
-    assert not make_divergence(LossConfig(divergence="sft")).needs_teacher
+    assert not make_divergence(KDConfig(divergence="sft")).needs_teacher
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_every_option_reaches_the_op():
     ],
 )
 def test_describe(values, line):
-    assert describe(make_divergence(LossConfig(**values))) == line
+    assert describe(make_divergence(KDConfig(**values))) == line

@@ -1,0 +1,107 @@
+"""Every base method in real training runs: one rank equals two, a stopped run ends as one that was not, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import assert_same_run, run_command, train, write_config
+
+from mta_ds.config import load
+from mta_ds.engine import RunConfig, check
+from mta_ds.errors import UserError
+
+FDD = {"method": "fdd", "divergence": "fkl"}
+ROLLOUTS = {"max_new_tokens": 12, "ahead": 1, "batch_size": 3}
+# half of the steps fresh, half of them replayed once the buffer is full, which it is after the second rollout
+DISTILLM = {"method": "distillm", "initial_phi": 1.0, "schedule": "constant", "buffer_size": 8, "rollouts": ROLLOUTS}
+METHODS = {
+    "fdd": {"loss": FDD},
+    "fdd-normed-alone": {"loss": FDD | {"final_norm": True, "num_layers": 2, "stride": 1}, "mta": None},
+    "distillm": {"loss": DISTILLM, "train__steps": 6},
+    "gkd": {"loss": {"method": "gkd", "on_policy_share": 1.0, "rollouts": ROLLOUTS | {"ahead": 0}}},
+    "gkd-unparsed": {"loss": {"method": "gkd", "on_policy_share": 1.0, "rollouts": ROLLOUTS | {"parser_workers": 0}}},
+    "distillm2": {"loss": {"method": "distillm2", "gap_steps": 2}},
+}
+
+
+@pytest.fixture(scope="session")
+def preferences(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """The pair's records, each with another one's response as the rejected half, and their span store."""
+    folder = tmp_path_factory.mktemp("preferences")
+    rows = [json.loads(line) for line in (pair / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    file = folder / "pairs.jsonl"
+    with open(file, "w", encoding="utf-8") as out:
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+            prompt = {key: value for key, value in row.items() if key != "output"}
+            out.write(json.dumps(prompt | {"chosen": row["output"], "rejected": other["output"]}) + "\n")
+    run_command("parse", "--input", file, "--input", pair / "heldout.jsonl", "--output", folder / "spans")
+    return {"data__train": [str(file)], "data__spans": str(folder / "spans")}
+
+
+@pytest.fixture(scope="session")
+def one_rank(pair: Path, preferences, tmp_path_factory: pytest.TempPathFactory):
+    """The run of a method on one rank, made once: (folder, metrics, weights)."""
+    runs: dict[str, tuple] = {}
+
+    def run(name: str) -> tuple:
+        if name not in runs:
+            folder = tmp_path_factory.mktemp(name)
+            runs[name] = (folder, *train(pair, folder, 1, **changes_of(name, preferences)))
+        return runs[name]
+
+    return run
+
+
+def changes_of(name: str, preferences: dict[str, object]) -> dict[str, object]:
+    return METHODS[name] | (preferences if name == "distillm2" else {})
+
+
+@pytest.mark.parametrize("name", ["fdd", "fdd-normed-alone", "distillm", "gkd", "distillm2"])
+def test_one_rank_equals_two(pair: Path, preferences, one_rank, tmp_path: Path, name: str) -> None:
+    two = train(pair, tmp_path, 2, **changes_of(name, preferences), train__micro_batch_size=2)
+    assert_same_run(two, one_rank(name)[1:])
+
+
+def test_sequences_come_from_everywhere(one_rank) -> None:
+    rows = [row for row in one_rank("distillm")[1] if "loss" in row]
+    assert any(row["source/student"] for row in rows) and any(row["source/buffer"] for row in rows)
+    assert all(row["source/student"] and row["dsa"] > 0 for row in one_rank("gkd")[1] if "loss" in row)
+
+
+def test_mta_passes_over_what_nobody_parsed(one_rank) -> None:
+    rows = [row for row in one_rank("gkd-unparsed")[1] if "loss" in row]
+    assert all(row["source/student"] and row["loss"] == row["base"] > 0 == row["dsa"] for row in rows)
+
+
+def test_terms_are_logged(one_rank) -> None:
+    assert all(row["base"] > row["fdd"] > 0 for row in one_rank("fdd")[1] if "loss" in row)
+    rows = [row for row in one_rank("distillm2")[1] if "loss" in row]
+    assert all(row["dsa"] > 0 for row in rows) and rows[-1]["method/gap_steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["distillm", "distillm2"])
+def test_a_stopped_run_ends_as_one_that_was_not(pair: Path, preferences, one_rank, tmp_path: Path, name: str) -> None:
+    folder, *undisturbed = one_rank(name)
+    changes = changes_of(name, preferences)
+    path = write_config(pair, tmp_path, **changes)
+    for _ in range(2):  # a step each
+        assert run_command("train", path, "train.max_minutes=1e-9", "--nproc", 1, check=False).returncode == 75
+    assert_same_run(train(pair, tmp_path, 1, **changes), undisturbed, tolerance=0)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": {"method": "distillm"}, "data__validation": []}, "data.validation: DistiLLM adapts"),
+        ({"loss": {"method": "distillm2"}}, "chosen"),
+        ({"loss": FDD | {"student_layers": [9]}}, "loss: student layer 9 does not exist"),
+    ],
+    ids=["validation", "pairs", "layer"],
+)
+def test_bad_input_is_one_line(pair: Path, tmp_path: Path, changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        check(load(write_config(pair, tmp_path, **changes), RunConfig))
+    assert "\n" not in str(raised.value)
