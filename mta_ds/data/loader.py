@@ -68,6 +68,11 @@ class StepLoader:
         return self._micro * self._steps * self._world_size
 
     @property
+    def epoch_begins(self) -> bool:
+        """Whether the next step is the first that begins in its epoch."""
+        return self.samples_consumed % self._num_samples < self.samples_per_step
+
+    @property
     def epoch(self) -> int:
         """The epoch that the next sample belongs to, from 0."""
         return self.samples_consumed // self._num_samples
@@ -100,6 +105,10 @@ class StepLoader:
         """A micro-batch of any examples."""
         return collate(examples, self._pad_id)
 
+    def use(self, dataset: Examples) -> None:
+        """Take samples from another version of the data set from now on: epochs keep their length, whatever its own."""
+        self._dataset = dataset
+
     def skip_step(self) -> None:
         """Count a step's samples as consumed."""
         self.samples_consumed += self.samples_per_step
@@ -108,4 +117,4 @@ class StepLoader:
         epoch, position = divmod(global_index, self._num_samples)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, sample_order(self._num_samples, self._seed, epoch))
-        return int(self._order[1][position])
+        return int(self._order[1][position]) % (len(self._dataset) // self._dataset.group)

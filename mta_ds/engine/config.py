@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from mta_ds.config import Section
 from mta_ds.data import DataConfig
 from mta_ds.evaluation import EvaluationConfig, GenerateConfig
-from mta_ds.losses import DistiLLMConfig, KDConfig, LossConfig, MTAConfig
+from mta_ds.losses import DistiLLM2Config, DistiLLMConfig, KDConfig, LossConfig, MTAConfig
 from mta_ds.models.loading import Dtype, StudentConfig, TeacherConfig
 from mta_ds.spans.parse import ParseConfig
 
@@ -78,7 +78,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _spans_for_mta(self) -> RunConfig:
-        if self.mta is not None and self.data.spans is None:
+        if self.mta is not None and self.data.spans is None and not self.regenerates:
             raise ValueError("data.spans: MTA needs a span store ('mta-ds parse' makes one), or set mta: null")
         return self
 
@@ -88,9 +88,16 @@ class RunConfig(Section):
             raise ValueError("data.validation: DistiLLM adapts to a held-out loss; name records, or set phi_step: 0")
         return self
 
+    @property
+    def regenerates(self) -> bool:
+        """Whether the training records are written anew at each epoch."""
+        return isinstance(self.loss, DistiLLM2Config) and self.loss.regenerate is not None
+
     def training_hash(self) -> str:
         """Hash of what must not change between a checkpoint and its resumption."""
         values = self.model_dump(mode="json", include={"teacher", "student", "data", "mta", "loss", "train"})
+        if self.regenerates:
+            values["generation"] = self.generation.model_dump(mode="json")
         for free in ("log_every", "validate_every", "save_every", "keep_last", "max_minutes"):
             del values["train"][free]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

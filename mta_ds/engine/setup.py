@@ -19,9 +19,10 @@ from mta_ds.data import EncodedDataset, StepLoader, build_dataset
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
+from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
 from mta_ds.errors import UsageError, UserError
-from mta_ds.losses import FDDConfig, KeyLayerOptions, Method, MTAConfig, make_method
+from mta_ds.losses import DistiLLM2Config, FDDConfig, KeyLayerOptions, Method, MTAConfig, make_method
 from mta_ds.models import (
     KeyLayer,
     StreamingTeacher,
@@ -77,6 +78,8 @@ class Run:
     loader: StepLoader
     rollouts: Rollouts | None
     """In the loader's place, for a method that trains on student text."""
+    epoch_pairs: EpochPairs | None
+    """Makes each epoch's data set, for a method that writes its records anew."""
     num_steps: int
     zero_stage: int
 
@@ -135,6 +138,7 @@ def prepare(config: RunConfig) -> Run:
     teacher = make_teacher(config, pair)
     num_steps = number_of_steps(config.train, len(train) // train.group, distributed.world_size())
     rollouts = make_rollouts(config, pair, loader, engine, num_steps)
+    epoch_pairs = make_epoch_pairs(config, pair, engine, teacher)
     set_seed(config.train.seed + distributed.rank())
     return Run(
         config,
@@ -145,6 +149,7 @@ def prepare(config: RunConfig) -> Run:
         validation,
         loader,
         rollouts,
+        epoch_pairs,
         num_steps=num_steps,
         zero_stage=engine.zero_optimization_stage(),
     )
@@ -228,12 +233,14 @@ def load_data(config: RunConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[Enc
     if not data.train:
         raise UsageError("data.train: no training records are named")
     store = open_store(config)
+    # records that are answered anew at each epoch: these only say how many there are, and need no spans
+    pairs, of_training = (False, None) if config.regenerates else (pairs, store)
 
-    def build(inputs: tuple[str, ...], pairs: bool) -> EncodedDataset:
+    def build(inputs: tuple[str, ...], pairs: bool, store: SpanStore | None) -> EncodedDataset:
         cache = config.run_dir / "cache"
         return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache, pairs=pairs))
 
-    return build(data.train, pairs), build(data.validation, False) if data.validation else None
+    return build(data.train, pairs, of_training), build(data.validation, False, store) if data.validation else None
 
 
 def open_store(config: RunConfig) -> SpanStore | None:
@@ -305,6 +312,14 @@ def make_rollouts(config: RunConfig, pair: Pair, loader: StepLoader, engine: Any
     seed = config.train.seed
     write = make_writer(lambda: whole_copy(student), pair.tokenizer, options, config.data.max_length, seed)
     return Rollouts(pair.method, loader, write, config.data, pair.tokenizer, seed, num_steps, open_pool)
+
+
+def make_epoch_pairs(config: RunConfig, pair: Pair, engine: Any, teacher: StreamingTeacher | None) -> EpochPairs | None:
+    """What writes the records anew at each epoch; None for a method that does not."""
+    if not config.regenerates:
+        return None
+    writes = teacher if isinstance(config.loss, DistiLLM2Config) and config.loss.regenerate == "both" else None
+    return EpochPairs(config, pair.tokenizer, engine.module.student.model, writes)
 
 
 def make_teacher(config: RunConfig, pair: Pair) -> StreamingTeacher | None:

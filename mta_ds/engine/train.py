@@ -43,6 +43,7 @@ def train(config: RunConfig) -> bool:
     """
     distributed.initialise()
     run = prepare(config)
+    logger.info("base loss: %s", run.method.describe())
     step = resume(run)
     log = open_log(run, step)
     stop = StopWatch(config.train.max_minutes)
@@ -96,7 +97,11 @@ def train_step(run: Run, step: int, batches: list[Batch], source: Source = Sourc
 def steps(run: Run, done: int) -> Iterator[tuple[Source, list[Batch]]]:
     """Source and micro-batches of each step that is left."""
     run.loader.samples_consumed = done * samples_per_step(run)
+    epoch = None
     for step in range(done + 1, run.num_steps + 1):
+        if run.epoch_pairs is not None and run.loader.epoch != epoch:
+            epoch = run.loader.epoch
+            run.loader.use(run.epoch_pairs.dataset(epoch, begins=run.loader.epoch_begins))
         yield run.rollouts.next_step(step) if run.rollouts is not None else (Source.DATA, run.loader.next_step())
 
 

@@ -1,7 +1,16 @@
-"""Scores of a student: validation loss, distance from the teacher, ROUGE-L of what it writes; and a run's report."""
+"""Text from a model, and scores of a student: loss, distance from the teacher, ROUGE-L; and a run's report."""
 
 from mta_ds.evaluation.evaluate import EvaluationConfig, evaluate
-from mta_ds.evaluation.generation import DecodingConfig, GenerationConfig, Generator, end_tokens, generate
+from mta_ds.evaluation.generate import GenerateConfig, Response, answer_shard, respond, write_responses
+from mta_ds.evaluation.generated import GeneratedManifest, ResponseCounts, finish
+from mta_ds.evaluation.generation import (
+    DecodingConfig,
+    GenerationConfig,
+    Generator,
+    end_tokens,
+    generate,
+    response_text,
+)
 from mta_ds.evaluation.report import write_report
 from mta_ds.evaluation.rouge import RougeL, rouge_l
 from mta_ds.evaluation.tree import ParsedExample
@@ -10,17 +19,26 @@ from mta_ds.evaluation.validation import Scores, Validation, model_scorer, valid
 __all__ = [
     "DecodingConfig",
     "EvaluationConfig",
+    "GenerateConfig",
+    "GeneratedManifest",
     "GenerationConfig",
     "Generator",
     "ParsedExample",
+    "Response",
+    "ResponseCounts",
     "RougeL",
     "Scores",
     "Validation",
+    "answer_shard",
     "end_tokens",
     "evaluate",
+    "finish",
     "generate",
     "model_scorer",
+    "respond",
+    "response_text",
     "rouge_l",
     "validate",
     "write_report",
+    "write_responses",
 ]

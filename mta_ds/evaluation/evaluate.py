@@ -36,7 +36,14 @@ from mta_ds.data import (
     read_records,
 )
 from mta_ds.errors import UsageError, UserError
-from mta_ds.evaluation.generation import DecodingConfig, GenerationConfig, Generator, end_tokens, generate
+from mta_ds.evaluation.generation import (
+    DecodingConfig,
+    GenerationConfig,
+    Generator,
+    end_tokens,
+    generate,
+    response_text,
+)
 from mta_ds.evaluation.rouge import rouge_l
 from mta_ds.evaluation.validation import Validation, model_scorer, validate
 from mta_ds.files import sha256, write_atomic
@@ -194,7 +201,7 @@ def _score_texts(
     for name, settings in config.passes().items():
         began = time.monotonic()
         responses = generator([question.prompt for question in questions], settings)
-        texts = [_as_text(tokenizer, ids, ends) for ids in responses]
+        texts = [response_text(tokenizer, ids, ends).strip() for ids in responses]
         rouge = rouge_l(texts, [question.record.references for question in questions])
         scores[name] = rouge.mean
         for question, ids, text, score in zip(questions, responses, texts, rouge.per_item, strict=True):
@@ -205,12 +212,6 @@ def _score_texts(
     values = list(scores.values())
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": deviation, "passes": scores, "texts": len(questions)}
-
-
-def _as_text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
-    """The response cut at EOS and stripped, as it is scored."""
-    kept = [i for i in ids if i not in ends]
-    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
 def _row(record: Record, name: str, text: str, score: float, ended: bool) -> dict[str, Any]:
@@ -261,14 +262,15 @@ def _settings(
         "dtype": dtype,
         "device": str(device),
         "rouge": "rouge-score rougeL F-measure, stemmer, best over references, x100",
-        "student": {"path": str(student), "sha256": _model_hashes(student)},
-        "teacher": None if teacher is None else {"path": str(teacher), "sha256": _model_hashes(teacher)},
+        "student": {"path": str(student), "sha256": model_hashes(student)},
+        "teacher": None if teacher is None else {"path": str(teacher), "sha256": model_hashes(teacher)},
         "records": {name: _record_hashes(name) for name in inputs},
         "versions": {name: version(name) for name in _PACKAGES},
     }
 
 
-def _model_hashes(folder: Path) -> dict[str, str]:
+def model_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model folder that weights, configuration or tokenizer are read from."""
     kinds = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
     return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in kinds}
 

@@ -116,6 +116,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted({int(i) for i in (*several, tokenizer.eos_token_id) if i is not None}))
 
 
+def response_text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
+    """A response as text, without its end token and other special tokens, its white space as it was generated."""
+    kept = [i for i in ids if i not in ends]
+    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 def _generate_batch(
     model: PreTrainedModel, tokenizer: Tokenizer, prompts: Prompts, keys: Sequence[int], config: GenerationConfig
 ) -> list[list[int]]:

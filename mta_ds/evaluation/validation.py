@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mta_ds.data import Batch
-from mta_ds.losses import LossConfig, linear_divergence, make_divergence
+from mta_ds.losses import Divergence, linear_divergence
 from mta_ds.models import CausalBody, ragged
 
 
@@ -71,7 +71,7 @@ def model_scorer(
     Args:
         vocab_size: number of ids that mean something; padding rows of the heads beyond it are left out.
     """
-    divergence = make_divergence(LossConfig(divergence="sft" if teacher is None else "fkl"), vocab_size)
+    divergence = Divergence("sft" if teacher is None else "fkl", vocab_size=vocab_size)
     bodies = [None if model is None else CausalBody(model, ()) for model in (student, teacher)]
 
     def score(batch: Batch) -> Scores:

@@ -24,7 +24,8 @@ _SMALLEST_ALPHA = 0.01
 
 
 class DistiLLM2Config(Section):
-    """DistiLLM-2; the records are ``{prompt, chosen, rejected}``, as ``mta-ds generate --pair-with`` writes them."""
+    """DistiLLM-2; the records are ``{prompt, chosen, rejected}``, as ``mta-ds generate --pair-with`` writes them, or
+    any with prompts if they are answered at each epoch."""
 
     method: Literal["distillm2"]
     alpha: float = Field(default=0.1, gt=_SMALLEST_ALPHA, lt=1)
@@ -35,6 +36,9 @@ class DistiLLM2Config(Section):
     """Fit α to how far teacher and student are apart on a response, which costs another pass through both heads."""
     gap_steps: int = Field(default=100, ge=1)
     """Steps over which the mean gap between teacher and student is taken; then it is frozen."""
+    regenerate: Literal["rejected", "both"] | None = None
+    """Write responses to the prompts of ``data.train`` anew at the start of each epoch, as section ``generation`` says:
+    the student's alone, or the teacher's too (then the whole teacher stands on every rank for that time)."""
 
 
 class DistiLLM2(Method):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mta_ds.models.body import CausalBody, decoder_layers, final_norm, truncate
 from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained
@@ -43,6 +44,11 @@ class StreamingTeacher:
         self._body = body
         self._head: Tensor | None = None
         self._norm: nn.Module | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The teacher as it lives in its partitions."""
+        return self._body.model
 
     @torch.no_grad()
     def run(self, batch: PaddedBatch, on_key_layer: Callable[[int, Tensor], None] | None = None) -> Tensor:

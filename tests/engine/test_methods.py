@@ -23,6 +23,12 @@ METHODS = {
     "gkd": {"loss": {"method": "gkd", "on_policy_share": 1.0, "rollouts": ROLLOUTS | {"ahead": 0}}},
     "gkd-unparsed": {"loss": {"method": "gkd", "on_policy_share": 1.0, "rollouts": ROLLOUTS | {"parser_workers": 0}}},
     "distillm2": {"loss": {"method": "distillm2", "gap_steps": 2}},
+    # the second epoch begins with the seventh step
+    "distillm2-anew": {
+        "loss": {"method": "distillm2", "regenerate": "both"},
+        "generation": {"max_length": 80, "max_prompt_length": 64, "max_new_tokens": 12},
+        "train__steps": 8,
+    },
 }
 
 
@@ -58,7 +64,7 @@ def changes_of(name: str, preferences: dict[str, object]) -> dict[str, object]:
     return METHODS[name] | (preferences if name == "distillm2" else {})
 
 
-@pytest.mark.parametrize("name", ["fdd", "fdd-normed-alone", "distillm", "gkd", "distillm2"])
+@pytest.mark.parametrize("name", ["fdd", "fdd-normed-alone", "distillm", "gkd", "distillm2", "distillm2-anew"])
 def test_one_rank_equals_two(pair: Path, preferences, one_rank, tmp_path: Path, name: str) -> None:
     two = train(pair, tmp_path, 2, **changes_of(name, preferences), train__micro_batch_size=2)
     assert_same_run(two, one_rank(name)[1:])
@@ -81,7 +87,7 @@ def test_terms_are_logged(one_rank) -> None:
     assert all(row["dsa"] > 0 for row in rows) and rows[-1]["method/gap_steps"] == 2
 
 
-@pytest.mark.parametrize("name", ["distillm", "distillm2"])
+@pytest.mark.parametrize("name", ["distillm", "distillm2-anew"])
 def test_a_stopped_run_ends_as_one_that_was_not(pair: Path, preferences, one_rank, tmp_path: Path, name: str) -> None:
     folder, *undisturbed = one_rank(name)
     changes = changes_of(name, preferences)
@@ -90,6 +96,17 @@ def test_a_stopped_run_ends_as_one_that_was_not(pair: Path, preferences, one_ran
         assert run_command("train", path, "train.max_minutes=1e-9", "--nproc", 1, check=False).returncode == 75
     assert_same_run(train(pair, tmp_path, 1, **changes), undisturbed, tolerance=0)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_each_epoch_has_pairs_of_its_own(one_rank) -> None:
+    folder, metrics, _ = one_rank("distillm2-anew")
+    epochs = [(folder / "epochs" / f"epoch-000{epoch}" / "pairs.jsonl").read_text().splitlines() for epoch in (0, 1)]
+    first, second = ({row["id"]: row for row in map(json.loads, lines)} for lines in epochs)
+    both = first.keys() & second.keys()
+    assert len(both) > 12
+    for half in ("chosen", "rejected"):
+        assert sum(first[record][half] != second[record][half] for record in both) > len(both) // 2
+    assert all(row["dsa"] > 0 for row in metrics if "loss" in row)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ CONFIGS = {
 CHANGED = {
     "kd": {"divergence": "jsd", "beta": 0.9, "kd_ratio": 0.5},
     "distillm": {"divergence": "skl", "alpha": 0.2, "schedule": "constant", "rollouts": {"top_k": 7, "ahead": 3}},
-    "distillm2": {"alpha": 0.3, "beta_curriculum": False, "regenerate": "both", "gap_steps": 9},
+    "distillm2": {"alpha": 0.3, "beta_curriculum": False, "gap_steps": 9},
     "fdd": {"divergence": "rkl", "temperature": 3.5, "student_layers": [1, 3], "teacher_layers": [2, 6]},
     "gkd": {"divergence": "tvd", "on_policy_share": 1.0, "rollouts": {"max_new_tokens": 12}},
 }

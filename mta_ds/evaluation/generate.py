@@ -1,0 +1,294 @@
+"""``mta-ds generate``: a model's responses to the prompts of a record file, written as records to train on.
+
+Trained on as they are, a teacher's responses are SeqKD; joined with a student's (``--pair-with``) they are DistiLLM-2's
+preferences. Shards need no coordination, and a task may be killed at any instruction and run again: it makes only the
+parts that are missing, and makes them the same, since what is drawn depends on the seed and a record's id alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from mta_ds.data import (
+    DataConfig,
+    Record,
+    Reject,
+    answered,
+    encode_prompt,
+    local_files,
+    parse_row,
+    part_name,
+    read_rows,
+    reject_log,
+    to_line,
+)
+from mta_ds.errors import UsageError, UserError
+from mta_ds.evaluation.evaluate import model_hashes
+from mta_ds.evaluation.generated import GeneratedManifest, GeneratedPart, ResponseCounts, claim, complete_part, finish
+from mta_ds.evaluation.generation import GenerationConfig, end_tokens, generate, response_text
+from mta_ds.files import atomic_path, sha256, write_atomic
+from mta_ds.models import Dtype, load_config, load_pretrained, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_PACKAGES = ("mta-ds", "torch", "transformers", "tokenizers")
+_UNLIMITED = sys.maxsize
+
+
+class GenerateConfig(GenerationConfig):
+    """Which model answers which prompts, and how; sampling by default, as in METHOD §8 and §9."""
+
+    inputs: tuple[str, ...] = ()
+    """Records whose prompts are answered (files, folders, globs, ``datasets`` names); ``data.train`` if empty."""
+    output: Path | None = None
+    """Folder of the answered records; ``<run_dir>/generated/<model>`` unless given."""
+    model: str = "teacher"
+    """"teacher"; "student", the run's export or, before there is one, the model that it starts from; or a folder."""
+    num_shards: int = Field(default=8, ge=1)
+    """Parts of the output: what a job array shares out, and what a killed task need not make again."""
+    max_prompt_length: int = Field(default=256, ge=1)
+    """Tokens of a prompt, its first; ``data.long_prompts`` says whether longer ones are cut or left out."""
+    do_sample: bool = True
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> GenerateConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length})"
+            )
+        return self
+
+
+class Response(NamedTuple):
+    """What a model wrote."""
+
+    ids: list[int]
+    text: str
+    ended: bool
+    """Whether it ends with EOS; otherwise the length limit cut it off."""
+
+
+def respond(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    record_ids: Sequence[str],
+    config: GenerationConfig,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Response]:
+    """One response to each prompt; what is drawn depends on the seed and the record's id alone.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room for a response.
+    """
+    keys = [int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) for name in record_ids]
+    ends = end_tokens(model, tokenizer)
+    responses = generate(model, tokenizer, prompts, config, keys=keys, on_batch=on_batch)
+    return [Response(ids, response_text(tokenizer, ids, ends), ids[-1] in ends) for ids in responses]
+
+
+def write_responses(
+    model_dir: Path,
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    config: GenerateConfig,
+    data: DataConfig,
+    dtype: Dtype = "float32",
+    shard_index: int | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> GeneratedManifest | None:
+    """Answer the shards that are missing, or only ``shard_index``; write the manifest if that completes the folder.
+
+    Args:
+        model_dir: the model that answers, with its tokenizer.
+        data: template, and what happens to long prompts.
+        device: the first GPU, or the CPU where there is none.
+
+    Returns:
+        The manifest, or None while other shards are missing.
+
+    Raises:
+        UserError: bad input, a folder of other texts in ``output``, a damaged part, no prompt, or no response that
+            says anything.
+    """
+    if shard_index is not None and not 0 <= shard_index < config.num_shards:
+        raise UsageError(
+            f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
+        )
+    if not inputs:
+        raise UsageError("generation.inputs: no prompts; name record files there or in data.train")
+    _refuse_output_in_input(output, inputs)
+    _check_positions(model_dir, config, trust_remote_code)
+    tokenizer = load_tokenizer(model_dir, trust_remote_code)
+    claim(output, _identity(model_dir, inputs, config, data, dtype))
+    wanted = range(config.num_shards) if shard_index is None else (shard_index,)
+    missing = [i for i in wanted if complete_part(output, i, config.num_shards) is None]
+    if missing:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_pretrained(model_dir, dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        for index in missing:
+            _write_part(model, tokenizer, inputs, output, config, data, index)
+    return finish(output)
+
+
+def answer_shard(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    name: str,
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    config: GenerateConfig,
+    data: DataConfig,
+    shard_index: int,
+) -> None:
+    """Answer one shard with a model that is in memory, unless it is complete; :func:`finish` completes the folder.
+
+    Args:
+        name: says in the folder which model it was; another name in the same folder is refused.
+    """
+    identity = _identity(None, inputs, config, data, str(model.dtype).removeprefix("torch."))
+    claim(output, identity | {"model": {"path": name, "sha256": {"name": name}}})
+    if complete_part(output, shard_index, config.num_shards) is None:
+        _write_part(model, tokenizer, inputs, output, config, data, shard_index)
+
+
+def _write_part(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    inputs: Sequence[str],
+    output: Path,
+    config: GenerateConfig,
+    data: DataConfig,
+    index: int,
+) -> None:
+    name = part_name(index, config.num_shards)
+    path = output / f"{name}.jsonl"
+    tally = Counter[str]()
+    try:
+        with reject_log(output / f"rejects-{name.removeprefix('part-')}.jsonl") as leave_out:
+            questions = list(_questions(tokenizer, inputs, config, data, index, tally, leave_out))
+            prompts, record_ids = [q.prompt for q in questions], [q.record.id for q in questions]
+            with _progress(f"{index + 1}/{config.num_shards}", len(questions)) as on_batch:
+                responses = respond(model, tokenizer, prompts, record_ids, config, on_batch)
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                for question, response in zip(questions, responses, strict=True):
+                    if not response.text.strip():
+                        tally["empty"] += 1
+                        leave_out(Reject(question.record.where, "an empty response", question.record.id))
+                        continue
+                    file.write(to_line(answered(question.row, question.record.id, response.text, response.ended)))
+                    tally.update(written=1, cut_responses=not response.ended, tokens=len(response.ids))
+        part = GeneratedPart(file=path.name, sha256=sha256(path), counts=ResponseCounts(**tally))
+        write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+class _Question(NamedTuple):
+    row: dict[str, Any]
+    record: Record
+    prompt: list[int]
+
+
+def _questions(
+    tokenizer: Tokenizer,
+    inputs: Sequence[str],
+    config: GenerateConfig,
+    data: DataConfig,
+    index: int,
+    tally: Counter[str],
+    leave_out: Callable[[Reject], None],
+) -> Iterator[_Question]:
+    """The records of a shard that can be asked, with the prompts that training would give them."""
+    whole = data.model_copy(update={"max_prompt_length": _UNLIMITED})
+    limit = config.max_prompt_length
+    for where, row in read_rows(inputs, num_shards=config.num_shards, shard_index=index):
+        record = parse_row(row, where)
+        if isinstance(record, Reject):
+            raise UserError(f"{where}: {record.reason}; mend or remove the row")
+        tally["records"] += 1
+        prompt = encode_prompt(record, whole, tokenizer) if record.format != "text" else []
+        if not prompt:
+            tally["no_prompt"] += 1
+            leave_out(Reject(where, "no prompt to answer", record.id))
+        elif len(prompt) > limit and data.long_prompts == "drop":
+            tally["long_prompt"] += 1
+            leave_out(Reject(where, f"a prompt of {len(prompt)} tokens; at most {limit}", record.id))
+        else:
+            tally["cut_prompts"] += len(prompt) > limit
+            yield _Question(row, record, prompt[:limit])
+
+
+def _refuse_output_in_input(output: Path, inputs: Sequence[str]) -> None:
+    for source in inputs:
+        if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+            raise UsageError(f"{output}: lies in the input folder {source}, and would be read as records")
+
+
+def _check_positions(folder: Path, config: GenerateConfig, trust_remote_code: bool) -> None:
+    limit = getattr(load_config(folder, trust_remote_code), "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise UserError(
+            f"generation.max_length: {config.max_length} tokens, but {folder} has {limit} positions; set it to {limit}"
+        )
+
+
+def _identity(
+    model_dir: Path | None, inputs: Sequence[str], config: GenerateConfig, data: DataConfig, dtype: str
+) -> dict[str, Any]:
+    """All that decides what is written; a batch's size does not, so a task may go on with a smaller one."""
+    elsewhere = {"inputs", "output", "model", "num_shards", "batch_size"}
+    return {
+        "format": _FORMAT,
+        "model": {"path": str(model_dir), "sha256": model_hashes(model_dir) if model_dir is not None else {}},
+        "inputs": {
+            source: [f"{file.name} {sha256(file)}" for file in local_files(source)] or [source] for source in inputs
+        },
+        "settings": config.model_dump(mode="json", exclude=elsewhere)
+        | {"template": data.template, "long_prompts": data.long_prompts, "dtype": dtype},
+        "num_shards": config.num_shards,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+@contextmanager
+def _progress(shard: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield what is told the number of prompts that are done: a bar on a terminal, else a line every ten seconds."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"generate {shard}", total=total)
+            yield lambda number: bar.advance(task, number)
+        return
+    began = told = time.monotonic()
+    done = 0
+
+    def on_batch(number: int) -> None:
+        nonlocal done, told
+        done += number
+        now = time.monotonic()
+        if now - told > 10 or done == total:
+            told = now
+            logger.info("shard %s: %d of %d responses, %.1f/s", shard, done, total, done / max(now - began, 1e-9))
+
+    yield on_batch
