@@ -123,6 +123,40 @@ def parse(
 
 
 @app.command()
+def generate(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="teacher, student or a model folder; else generation.model.")
+    ] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="Prompts: file, folder, glob or name.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; <run_dir>/generated/<model> unless given.")] = None,
+    num_shards: Annotated[int | None, typer.Option(min=1, help="Parts of the output.")] = None,
+    shard_index: Annotated[int | None, typer.Option(min=0, help="Make this part only, as a job array does.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is sampled.")] = None,
+    pair_with: Annotated[
+        str | None, typer.Option(help="Records with chosen responses; write pairs.jsonl with these and the new ones.")
+    ] = None,
+) -> None:
+    """Answer prompts with the teacher or the student, as records to train on; a rerun makes only missing parts."""
+    from mta_ds.config import load, validate
+    from mta_ds.engine import RunConfig, generate_run
+    from mta_ds.evaluation import GenerateConfig
+
+    resolved = load(config, RunConfig, overrides or ())
+    options = {"model": model, "inputs": inputs or None, "output": output, "num_shards": num_shards, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    generation = validate(resolved.generation.model_dump() | given, GenerateConfig, where="mta-ds generate")
+    made = generate_run(resolved.model_copy(update={"generation": generation}), shard_index, pair_with)
+    if made.manifest is None:
+        print("this part is done; others are missing")
+        return
+    print(f"{made.output}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in made.manifest.counts if n))
+    if made.pairs is not None:
+        print(f"{made.output / 'pairs.jsonl'}: {made.pairs.pairs} pairs")
+
+
+@app.command()
 def evaluate(
     config: ConfigArgument,
     overrides: Overrides = None,
@@ -161,7 +195,7 @@ def report(
 def inspect(
     store: Annotated[Path, typer.Argument(help="A span store.")],
     record: Annotated[str | None, typer.Argument(help="A record's id.")] = None,
-    records: Annotated[list[str] | None, typer.Option(help="File, folder, glob or datasets name of its text.")] = None,
+    records: Annotated[list[str] | None, typer.Option(help="Its text, if not where it was parsed.")] = None,
     field: Annotated[str | None, typer.Option(help="Only this field of the record.")] = None,
     choose: Annotated[str | None, typer.Option(help="Phrases: innermost, maximal or all.")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels of phrases, as NP,VP.")] = None,
@@ -200,14 +234,15 @@ def inspect(
 
 @app.command()
 def demo(
-    run_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    run_dir: Annotated[Path | None, typer.Option(help="Where everything goes; else runs/demo[-METHOD].")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 30,
+    method: Annotated[str, typer.Option(help="The base method: kd, fdd, distillm, distillm2 or gkd.")] = "kd",
 ) -> None:
     """Distil SmolLM2-135M-Instruct into eight of its layers, on two CPU cores, from parsing to a report."""
     from mta_ds.demo import demo as run
 
-    run(run_dir, nproc, steps)
+    run(run_dir, nproc, steps, method)
 
 
 def _launch(command: str, config: Path, overrides: list[str] | None, nproc: int) -> None:

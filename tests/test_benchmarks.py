@@ -46,3 +46,12 @@ def test_the_roofline_of_the_largest_pair_holds(tmp_path: Path) -> None:
     run("roofline.py", "--json", str(file))
     promised = [row for row in json.loads(file.read_text()) if row["bound"] is not None]
     assert len(promised) == 1 and promised[0]["holds"] and 0.5 < promised[0]["value"] <= 2
+
+
+def test_generation_smoke_run_gives_transformers_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    run("generate.py", "--small", "--repeats", "1", "--threads", "1", "--json", str(file))
+    named = {row["name"]: row for row in json.loads(file.read_text())}
+    equal = [row for name, row in named.items() if name.endswith("responses with the same tokens")]
+    assert len(equal) == 2 and all(row["value"] == 1 and row["holds"] for row in equal)
+    assert named["one batch of 4: ours / transformers, speed"]["bound"] == ">= 0.9"

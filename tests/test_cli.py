@@ -206,3 +206,41 @@ def test_parse_says_what_is_missing_and_reports_what_is_there(tmp_path: Path) ->
     assert failed.returncode == 1 and "1 of 2 parts are missing: 0; nothing to merge yet" in failed.stderr
     done = run_command(*given, "--report", tmp_path / "page.html")
     assert "span store complete: 8 records" in done.stdout and (tmp_path / "page.html").is_file()
+
+
+GENERATION = {"max_length": 400, "max_prompt_length": 300, "max_new_tokens": 4, "num_shards": 2}
+
+
+def test_generate_teacher_and_student_and_pair_them(mta_ds, pair: Path, tmp_path: Path) -> None:
+    path = write_config(pair, tmp_path / "run", generation=GENERATION)
+    assert "others are missing" in mta_ds("generate", path, "--shard-index", 1)[1]
+    code, out, err = mta_ds("generate", path)
+    assert code == 0 and f"{tmp_path}/run/generated/teacher: 24 records, 24 written" in out, err
+    heldout = ["--input", pair / "heldout.jsonl", "--output", tmp_path / "heldout", "--num-shards", 1, "--seed", 3]
+    assert "5 written" in mta_ds("generate", path, "--model", pair / "student", *heldout)[1]
+    paired = [path, "--model", "student", "--pair-with", tmp_path / "run" / "generated" / "teacher"]
+    code, out, err = mta_ds("generate", *paired, "generation.temperature=0.8")
+    student = tmp_path / "run" / "generated" / "student"
+    assert code == 0 and f"{student}/pairs.jsonl: 24 pairs" in out, err
+    rows = [json.loads(line) for line in (student / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 24 and sum(row["chosen"] != row["rejected"] for row in rows) > 20
+    manifest = json.loads((student / "manifest.json").read_text())
+    assert manifest["settings"]["temperature"] == 0.8 and manifest["model"]["path"] == str(pair / "student")
+    # SeqKD: the folder is training data as it stands
+    assert "24 records" in mta_ds("check", path, f"data.train=[{student}]", "mta=null")[1]
+
+
+def test_mistakes_of_generate(mta_ds, pair: Path, tmp_path: Path) -> None:
+    path = write_config(pair, tmp_path / "run", generation=GENERATION | {"num_shards": 1})
+    assert_one_line(mta_ds("generate", path, "--model", "/nowhere/model"), 1, "/nowhere/model", "no such model folder")
+    assert_one_line(mta_ds("generate", path, "--shard-index", 1), 2, "--shard-index 1", "0 to 0")
+    assert_one_line(mta_ds("generate", path, "generation.sede=1"), 2, "generation.sede", "did you mean 'seed'")
+    assert_one_line(mta_ds("generate", path, "data.train=[]"), 2, "no prompts", "data.train")
+    assert_one_line(mta_ds("generate", path, "--input", "/nowhere/a.jsonl"), 1, "/nowhere/a.jsonl", "no such file")
+    assert_one_line(mta_ds("generate", path, "generation.max_length=300"), 2, "max_prompt_length (300)", "smaller")
+    assert_one_line(mta_ds("generate", path, "data.template=chat"), 1, "no chat template", "minillm or plain")
+    shutil.rmtree(tmp_path / "run" / "generated")
+    assert mta_ds("generate", path)[0] == 0
+    assert_one_line(mta_ds("generate", path, "--seed", 1), 1, "generated/teacher", "texts of seed 0 (this run has 1)")
+    missing = ["--pair-with", pair / "heldout.jsonl"]
+    assert_one_line(mta_ds("generate", path, *missing), 1, "heldout.jsonl", "no record in common")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mta_ds.errors import UserError
-from mta_ds.spans.records import Record, Reject, input_files, parse_row, read_records
+from mta_ds.spans.records import Record, Reject, input_files, may_follow, parse_row, read_records
 
 
 def lines(path: Path, *rows: Any) -> str:
@@ -192,3 +192,47 @@ def test_cut_off_containers_are_not_read_as_shorter_ones(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(packed[: len(packed) // 2])
         with pytest.raises(UserError, match=f"{name}: cannot read"):
             list(read_records([str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "roles"),
+    [
+        ({"prompt": "p"}, {"prompt": "p"}, ()),
+        ({"instruction": "i", "input": "n", "output": "old"}, {"instruction": "i", "input": "n"}, ()),
+        ({"instruction": "i", "input": ""}, {"instruction": "i"}, ()),
+        (
+            {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "u"}]},
+            {"messages.1": "u"},
+            ("user",),
+        ),
+    ],
+)
+def test_a_preference_has_any_prompt(prompt: Any, fields: dict[str, str], roles: tuple[str, ...]) -> None:
+    found = record(prompt | {"chosen": "c", "rejected": "r"})
+    assert (found.format, found.references, found.roles) == ("preference", ("c",), roles)
+    assert list(found.fields.items()) == [*fields.items(), ("chosen", "c"), ("rejected", "r")]  # reading order
+    for i, field in enumerate(found.fields):
+        assert all(may_follow(field, later) for later in [*found.fields][i + 1 :])
+    assert record(prompt | {"chosen": "c", "rejected": ""}).fields == fields | {"chosen": "c"}
+    assert record(prompt | {"chosen": None, "rejected": "r"}).references == ()
+
+
+def test_what_is_no_preference() -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    assert record({"messages": turns, "chosen": turns, "rejected": turns}).format == "messages"
+    assert "missing field: rejected" in reject({"messages": turns[:1], "chosen": "c"}).reason
+    assert "missing field: chosen" in reject({"instruction": "i", "rejected": "r"}).reason
+    assert "the last is the assistant's" in reject({"messages": turns, "chosen": "c", "rejected": "r"}).reason
+    assert "missing field: prompt" in reject({"chosen": "c", "rejected": "r"}).reason
+
+
+def test_responses_that_a_limit_cut_off_are_told() -> None:
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    assert record({"prompt": "p", "response": "r", "ended": False}).unfinished == {"response"}
+    assert record({"instruction": "p", "output": "r", "ended": False}).unfinished == {"output"}
+    assert record({"messages": turns, "ended": False}).unfinished == {"messages.1"}
+    assert not record({"prompt": "p", "response": "r", "ended": True}).unfinished
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    assert record(pair | {"ended": {"chosen": True, "rejected": False}}).unfinished == {"rejected"}
+    assert record(pair | {"ended": False}).unfinished == {"chosen", "rejected"}
+    assert not record(pair).unfinished and record(pair).id == record(pair | {"ended": False}).id
