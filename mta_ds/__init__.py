@@ -1,8 +1,8 @@
 """mta_ds: distil large language models with Multi-Granular Trajectory Alignment at DeepSpeed scale.
 
-The stages are functions (:func:`parse`, :func:`check`, :func:`train`, :func:`evaluate`, :func:`write_report`), each on
-its configuration; :class:`MTALoss` is the structural loss alone, for a training loop of your own. Nothing heavy is
-imported before one of them is used.
+The stages are functions (:func:`parse`, :func:`check`, :func:`train`, :func:`write_responses`, :func:`evaluate`,
+:func:`write_report`), each on its configuration; :class:`MTALoss` is the structural loss alone, for a training loop of
+your own. Nothing heavy is imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _HOMES = {
     "check": "mta_ds.engine",
     "train": "mta_ds.engine",
     "evaluate": "mta_ds.evaluation",
+    "write_responses": "mta_ds.evaluation",
     "write_report": "mta_ds.evaluation",
     "MTAConfig": "mta_ds.losses",
     "MTALoss": "mta_ds.losses",

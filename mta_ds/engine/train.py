@@ -49,12 +49,13 @@ def train(config: RunConfig) -> bool:
     stop = StopWatch(config.train.max_minutes)
     if step == 0:
         validate_run(run, step, log)
+    ready = time.perf_counter()
     for source, batches in steps(run, step):
         step += 1
         began = time.perf_counter()
         metrics = train_step(run, step, batches, source)
         if is_due(step, config.train.log_every, run.num_steps):
-            write_metrics(run, step, batches, source, metrics, time.perf_counter() - began, log)
+            write_metrics(run, step, batches, source, metrics, (began - ready, time.perf_counter() - began), log)
         if is_due(step, validate_every(run), run.num_steps):
             validate_run(run, step, log)
         stopping = stop.agreed()
@@ -62,6 +63,7 @@ def train(config: RunConfig) -> bool:
             save(run, step)
         if stopping:
             break
+        ready = time.perf_counter()
     finished = step >= run.num_steps
     if finished:
         export(run.distiller.student.model, run.pair.student_dir, config.run_dir / "export")
@@ -189,10 +191,13 @@ def write_metrics(
     batches: list[Batch],
     source: Source,
     shares: dict[str, Tensor],
-    seconds: float,
+    seconds: tuple[float, float],
     log: MetricsLog | None,
 ) -> None:
     """Sum every metric over ranks (every rank must call it) and log the step.
+
+    Args:
+        seconds: that the step waited for its sequences (the loader; rollouts, the parser), and that it took then.
 
     Raises:
         UserError: a key layer's hidden state had a NaN or Inf; on every rank.
@@ -212,6 +217,12 @@ def write_metrics(
         metrics |= {f"source/{each.value}": float(each is source) for each in Source}
     metrics["lr"] = run.engine.optimizer.param_groups[0]["lr"]
     metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
-    perf = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_bytes": peak_memory_bytes()}
+    waited, took = seconds
+    perf = {
+        "seconds": took,
+        "data_seconds": waited,
+        "tokens_per_second": tokens / (waited + took),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
     log.write(step, metrics, perf)
     log.announce(step, run.num_steps, metrics, perf)
