@@ -28,7 +28,7 @@ from benepar.nkutil import HParams
 from common import Row, bounded, has_fast_bfloat16, machine_row, options, pin_threads, report
 
 from mta_ds.spans.benepar_model import _lent_tokenizer_method, build_chart_parser, load_model
-from mta_ds.spans.parser import _BATCH_POSITIONS, BF16, BUNDLED, BeneparParser, Sentence, _batches
+from mta_ds.spans.parser import BF16, BUNDLED, BeneparParser, Sentence
 from mta_ds.spans.pool import ParserPool
 from mta_ds.spans.rows import Field, Parsed, batches, parse_fields
 from mta_ds.spans.segment import segment
@@ -104,7 +104,7 @@ def bare_encoder(parser: BeneparParser, texts: list[str]) -> Callable[[], None]:
 def _encoder_inputs(parser: BeneparParser, sentences: list[Sentence]) -> list[dict[str, Any]]:
     encoded = parser._encoder.encode([(sentence.words, sentence.space_after) for sentence in sentences])
     found = []
-    for numbers in _batches([one.cost for one in encoded], _BATCH_POSITIONS):
+    for numbers in parser.batches(encoded):
         batch = parser._encoder.collate([encoded[number] for number in numbers])
         found.append({name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch})
     return found

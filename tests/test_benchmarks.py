@@ -55,3 +55,12 @@ def test_generation_smoke_run_gives_transformers_tokens(tmp_path: Path) -> None:
     equal = [row for name, row in named.items() if name.endswith("responses with the same tokens")]
     assert len(equal) == 2 and all(row["value"] == 1 and row["holds"] for row in equal)
     assert named["one batch of 4: ours / transformers, speed"]["bound"] == ">= 0.9"
+
+
+def test_store_smoke_run_measures_lookups_and_memory(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    run("store.py", "--small", "--json", str(file))
+    named = {row["name"]: row for row in json.loads(file.read_text())}
+    assert named["10⁶ random lookups, one core"]["value"] > 0 and named["words a row"]["value"] > 10
+    growth = [row for name, row in named.items() if name.startswith("peak memory") and row["bound"] is not None]
+    assert len(growth) == 2 and all(0.9 < row["value"] < 1.5 for row in growth)

@@ -60,16 +60,16 @@ def loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return charts
 
 
-def line_chart(title: str, lines: Sequence[Line]) -> Markup:
+def line_chart(title: str, lines: Sequence[Line], unit: str = "step") -> Markup:
     """An SVG that scales with its container; few points get markers."""
     with _axes(title) as (figure, axes):
         for line, colour in zip(lines, _COLOURS * (1 + len(lines) // len(_COLOURS)), strict=False):
             steps, values = _thinned(line)
             marker = "o" if len(steps) <= 12 else None
             axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=line.name)
-        axes.set_xlabel("step")
+        axes.set_xlabel(unit)
         axes.legend(frameon=False, ncols=2 if len(lines) > 3 else 1, handlelength=1.2)
-        return _inline(figure, f"{title} over steps")
+        return _inline(figure, f"{title} by {unit}")
 
 
 def histogram(title: str, unit: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:

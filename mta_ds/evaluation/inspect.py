@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 
-from mta_ds.data import Manifest, Record, SpanStore, UnitConfig, choose, read_records
+from mta_ds.data import Manifest, Record, SpanStore, UnitConfig, choose, input_files, read_inputs, read_records
 from mta_ds.errors import UserError
 from mta_ds.evaluation.page import render_page
 from mta_ds.evaluation.tree import Node, ParsedExample, sentence_nodes, trees
@@ -55,7 +55,8 @@ def inspect(
     """Find a record and join its text with its parse.
 
     Args:
-        records: files, folders, globs or ``datasets`` names, of which one holds the record.
+        records: files, folders, globs or ``datasets`` names, of which one holds the record; where none are given,
+            those that the store was parsed from.
         field: the only field to look at; else all of them.
         units: which phrases and words count as chosen.
 
@@ -63,11 +64,9 @@ def inspect(
         UserError: no record of that id (the message names the nearest), no such field, or a store that is incomplete,
             does not have the record, or has it with another text.
     """
-    if not records:
-        raise UserError(f"{store_path}: a span store holds no text; give the record files with --records")
     units = units or UnitConfig()
     store = SpanStore.open(store_path)
-    record = _find_record(records, record_id, store)
+    record = _find_record(records or _parsed_inputs(store_path), record_id, store)
     if field is not None and field not in record.fields:
         raise UserError(f"{record.where}: record {record_id} has no field '{field}'; it has {', '.join(record.fields)}")
     names = [field] if field is not None else list(record.fields)
@@ -110,6 +109,25 @@ def write_page(path: Path, inspection: Inspection, weights: RecordWeights | None
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
     return path
+
+
+def _parsed_inputs(store: Path) -> list[str]:
+    """The inputs that the store was parsed from, as far as they are still there."""
+    inputs = read_inputs(store)
+    if not inputs:
+        raise UserError(f"{store}: a span store holds no text; give the record files with --records")
+    there = [source for source in inputs if _is_there(source)]
+    if not there:
+        raise UserError(f"{inputs[0]}: {store} was parsed from it, but it is gone; name the text with --records")
+    return there
+
+
+def _is_there(source: str) -> bool:
+    try:
+        input_files(source)
+    except UserError:
+        return False
+    return True
 
 
 def _find_record(records: Sequence[str], record_id: str, store: SpanStore) -> Record:

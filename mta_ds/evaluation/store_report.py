@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mta_ds.data import Manifest, UnitConfig, Units, check_part, choose, read_manifest
+from mta_ds.data import Manifest, Pace, UnitConfig, Units, check_part, choose, read_manifest, read_paces
 from mta_ds.errors import UserError
-from mta_ds.evaluation.charts import Chart, histogram, ranking
+from mta_ds.evaluation.charts import Chart, Line, histogram, line_chart, ranking
 from mta_ds.evaluation.page import render_page
 from mta_ds.files import write_atomic
 
@@ -28,6 +28,8 @@ _COLUMNS = ["field", "sentences", "words.list.element.start", "constituents"]
 _ROWS_PER_BATCH = 1024
 _MAX_BARS = 40
 _MAX_LABELS = 25
+_MAX_SHARDS = 6  # whose pace is drawn
+_TIMES = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 _TAIL = 0.99  # share of the values that a histogram shows
 
 
@@ -78,6 +80,7 @@ def write_store_report(store: Path, output: Path, units: UnitConfig | None = Non
         "units": units,
         "statistics": statistics,
         "charts": store_charts(statistics),
+        "paces": pace_charts(read_paces(store, manifest.num_shards), manifest.num_shards),
         "rejects": read_rejects(store),
     }
     try:
@@ -124,6 +127,39 @@ def store_charts(statistics: StoreStatistics) -> list[Chart]:
             Chart("Coverage", "words inside chosen phrases, by field", ranking("Coverage", "%", names, shares))
         )
     return charts
+
+
+def pace_charts(paces: Sequence[Pace], num_shards: int) -> list[Chart]:
+    """Records/s over time, each shard from its own start: of all shards, or of the slowest and the fastest."""
+    if not paces:
+        return []
+    ranked = sorted(paces, key=lambda pace: pace.mean)
+    few = len(ranked) <= _MAX_SHARDS
+    drawn = sorted(ranked) if few else [*ranked[: _MAX_SHARDS // 2], *ranked[-(_MAX_SHARDS // 2) :]]
+    longest = max(pace.times[-1] - pace.times[0] for pace in drawn)
+    unit, size = next((name, size) for name, size in _TIMES if longest >= 2 * size or size == 1)
+    records, taken = sum(p.records[-1] for p in paces), sum(p.times[-1] - p.times[0] for p in paces)
+    note = f"{records:,} records, {records / taken:,.1f}/s a shard; slowest {ranked[0].mean:,.1f}/s" + (
+        f" (shard {ranked[0].shard})" if len(ranked) > 1 else ""
+    )
+    if len(paces) < num_shards:
+        note += f"; {num_shards - len(paces)} of {num_shards} shards left no log"
+    charts = [Chart("Records/s", note, line_chart("Records/s", [_pace_line(p, size) for p in drawn], unit))]
+    if not few:
+        shown = ranked[:_MAX_LABELS]
+        names, values = [f"shard {pace.shard}" for pace in shown], [pace.mean for pace in shown]
+        note = f"the slowest {len(shown)} of {len(paces)} shards"
+        charts.append(Chart("Slowest shards", note, ranking("Slowest shards", "records/s", names, values)))
+    return charts
+
+
+def _pace_line(pace: Pace, size: int) -> Line:
+    """Records/s between each two samples, drawn in their middle; times in units of ``size`` seconds."""
+    times, records = np.array(pace.times) - pace.times[0], np.array(pace.records)
+    seconds = np.diff(times)
+    kept = seconds > 0
+    middles = (times[:-1] + times[1:])[kept] / 2 / size
+    return Line(f"shard {pace.shard}", middles.tolist(), (np.diff(records)[kept] / seconds[kept]).tolist())
 
 
 def read_rejects(store: Path) -> list[Rejects]:

@@ -66,7 +66,7 @@ class SentenceEncoder:
         return frozenset(character for character, keep in zip(candidates, kept, strict=True) if keep)
 
     def fits(self, words: Sequence[str], space_after: Sequence[bool]) -> bool:
-        """Whether the model can take the sentence: each word leaves something, and all fit into its positions."""
+        """Whether the model can take the sentence: each word has a sub-word, and all fit into its positions."""
         if not words or any(not word or word.isspace() for word in words):
             return False
         return self._clearly_fits(words) or self.takes(self.encode([(words, space_after)])[0])
@@ -90,7 +90,7 @@ class SentenceEncoder:
         return positions <= self._max_subwords and bool(sentence.last_subword.min() >= 0)
 
     def encode(self, sentences: Sequence[tuple[Sequence[str], Sequence[bool]]]) -> list[Encoded]:
-        """Encode (words, space_after) pairs; a word that leaves no sub-word gets -1 in ``last_subword``."""
+        """Encode (words, space_after) pairs; words that leave none at the end get -1 in ``last_subword``."""
         normalized = [[_NORMALIZED.get(word, word) for word in words] for words, _ in sentences]
         if self._characters:
             return [Encoded(words, [], [], np.arange(len(words) + 2)) for words in normalized]
@@ -157,14 +157,16 @@ def _pad(rows: Sequence[Sequence[int] | NDArray[np.int64]], value: int, left: bo
 def _last_subwords(offsets, starts, ends):  # type: ignore[no-untyped-def]
     """For each word the sub-word that stands for it, or -1 where it has none: int64 [words].
 
-    As in benepar: the last sub-word that ends inside the word, else the one that reaches across its end.
+    As in benepar: the last sub-word that ends inside the word, else the next one that ends behind it. It reaches across
+    the word's end or, where the tokenizer makes nothing of the word (zero-width characters, an emoji's variation
+    selector), belongs to a later word; behind the last there is none, and benepar fails.
     """
     last = np.full(len(starts), -1, np.int64)
     token = 0
     for word in range(len(starts)):
         while token < len(offsets) and (offsets[token, 0] == offsets[token, 1] or offsets[token, 1] <= starts[word]):
             token += 1
-        if token < len(offsets) and offsets[token, 0] < ends[word] < offsets[token, 1]:
+        if token < len(offsets) and offsets[token, 1] > ends[word]:
             last[word] = token
         while token < len(offsets) and offsets[token, 1] <= ends[word]:
             if offsets[token, 0] != offsets[token, 1]:

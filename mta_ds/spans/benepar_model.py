@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,23 +182,28 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def annotate(model: ChartParser, batch: dict[str, Any]) -> Tensor:
-    """Word vectors [B, longest + 2, d_model] of a padded batch: the first half of ``ChartParser.forward``."""
+def annotate(
+    model: ChartParser, batch: dict[str, Any], transformer: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Word vectors [B, longest + 2, d_model] of a padded batch: the first half of ``ChartParser.forward``.
+
+    ``transformer`` stands for ``model.encoder``, where given.
+    """
     valid = batch["valid_token_mask"]
     if model.char_encoder is not None:
         content = model.char_encoder(batch["char_ids"], valid)
     else:
         names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
         output = model.pretrained_model(**{name: batch[name] for name in names if name in batch})
-        hidden = output.last_hidden_state.float()
+        hidden = output.last_hidden_state
         # Padding words have index -100; what is gathered for them is zeroed.
         index = batch["words_from_tokens"].clamp_min(0)
-        features = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        features = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])).float()
         content = model.project_pretrained(features.masked_fill_(~valid[:, :, None], 0))
     annotations: Tensor = content
     if model.encoder is None:
         return annotations
-    annotations = model.encoder(model.add_timing(model.morpho_emb_dropout(content)), valid)
+    annotations = (transformer or model.encoder)(model.add_timing(model.morpho_emb_dropout(content)), valid)
     # Position and content are interleaved halves; a fencepost takes an even share of both from either side.
     return torch.cat([annotations[..., 0::2], annotations[..., 1::2]], -1)
 

@@ -228,7 +228,7 @@ def _refuse_many_rejects(output: Path, counts: Counts, max_reject_share: float) 
 
 def _remove_stale(output: Path) -> None:
     """Remove what killed tasks left behind; what is young may be another task's, given the same shard by mistake."""
-    for path in (*output.glob(".*.tmp"), *output.glob(".merge-*")):
+    for path in (*output.glob(".*.tmp"), *output.glob("log/.*.tmp"), *output.glob(".merge-*")):
         try:
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

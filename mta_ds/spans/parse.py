@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +23,9 @@ from pydantic import Field as Setting
 from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
 from mta_ds.files import atomic_path, sha256, write_atomic
+from mta_ds.spans.log import Progress, saved_folder, write_inputs
 from mta_ds.spans.merge import complete_part, merge, missing_parts, read_identity, reject_log
-from mta_ds.spans.parser import BF16, load_parser
+from mta_ds.spans.parser import BF16, best_device, load_parser
 from mta_ds.spans.pool import Parsing, open_pool
 from mta_ds.spans.records import Record, Reject, input_files, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
@@ -88,14 +87,20 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
             f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
         )
     _refuse_output_in_input(config)
-    if (config.parser or "").startswith(BF16) and not torch.cpu._is_avx512_bf16_supported():
+    device = best_device()
+    if device == "cpu" and (config.parser or "").startswith(BF16) and not torch.cpu._is_avx512_bf16_supported():
         raise UserError(f"parser: {BF16} this CPU multiplies bf16 over a hundred times slower than fp32; leave it out")
-    parser = load_parser(config.parser)
+    parser = load_parser(config.parser, device)
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
-    _claim_store(config, info)
+    fingerprint = _fingerprint_inputs(config.inputs)
+    try:
+        _claim_store(config, info, fingerprint)
+        write_inputs(config.output, config.inputs)
+    except OSError as error:
+        raise UserError(f"{config.output}: cannot write the span store: {error.strerror or error}") from None
     wanted = range(config.num_shards) if shard_index is None else (shard_index,)
     missing = [i for i in wanted if complete_part(config.output, i, config.num_shards) is None]
-    with open_pool(parser, config.parser, config.workers) as pool:
+    with open_pool(parser, config.parser, config.workers, device) as pool:
         for index in missing:
             _parse_shard(config, pool, info, index)
     return merge(config.output, config.inputs, config.num_shards, config.max_reject_share)
@@ -120,21 +125,18 @@ def _refuse_output_in_input(config: ParseConfig) -> None:
             raise UsageError(f"{config.output}: lies in the input folder {source}, and would be read as records")
 
 
-def _claim_store(config: ParseConfig, parser: ParserInfo) -> None:
+def _claim_store(config: ParseConfig, parser: ParserInfo, inputs: str) -> None:
     """Write down what the store is made of, or check that it is the same as before."""
     identity = {
         "schema_version": SCHEMA_VERSION,
         "segmentation": SEGMENTATION,
         "parser": parser.model_dump(),
         "num_shards": config.num_shards,
-        "inputs": _fingerprint_inputs(config.inputs),
+        "inputs": inputs,
     }
     path = config.output / "store.json"
     if not path.is_file():
-        try:
-            write_atomic(path, json.dumps(identity, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"{config.output}: cannot write the span store: {error.strerror}") from None
+        write_atomic(path, json.dumps(identity, indent=1) + "\n")
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -161,8 +163,8 @@ def _fingerprint_inputs(inputs: Iterable[str]) -> str:
     seen: list[list[str]] = []
     for source in inputs:
         files = input_files(source)
-        if not files and Path(source).is_dir():  # saved by ``datasets``
-            files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+        if not files and (folder := saved_folder(source)) is not None:
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
         seen.append([f"{file.name}:{sha256(file)}" for file in files] or [source])
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
@@ -173,7 +175,7 @@ def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: in
     metadata = {"mta_ds.schema_version": str(SCHEMA_VERSION), "mta_ds.parser": info.model_dump_json()}
     schema = SCHEMA.with_metadata(metadata)
     tally: Counter[str] = Counter()
-    progress = _Progress(f"shard {index + 1}/{config.num_shards}")
+    progress = Progress(config.output, index, config.num_shards)
     records = read_records(config.inputs, num_shards=config.num_shards, shard_index=index)
     try:
         with (
@@ -181,9 +183,10 @@ def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: in
             atomic_path(path) as temporary,
             pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
-            parsed = pool.map(batches(_fields(progress.count(records), reject, tally)))
-            for table in _row_groups(parsed, tally):
+            parsed = pool.map(batches(_fields(progress.read(records), reject, tally)))
+            for table in _row_groups(progress.done(parsed), tally):
                 writer.write_table(table.replace_schema_metadata(metadata))
+        progress.write()
         part = Part(file=path.name, rows=tally["fields"], sha256=sha256(path), counts=Counts(**tally))
         write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
     except OSError as error:
@@ -218,45 +221,3 @@ def _row_groups(parsed: Iterator[Parsed], tally: Counter[str]) -> Iterator[pa.Ta
             tables, num_rows, num_words = [], 0, 0
     if tables:
         yield pa.concat_tables(tables).combine_chunks()
-
-
-class _Progress:
-    """Records and records/s: a bar on a terminal, a line every ten seconds in a batch log."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._began = self._told = time.monotonic()
-        self._count = 0
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-            text = TextColumn("{task.description}: {task.completed} records, {task.fields[rate]:.0f}/s")
-            self._bar = Progress(SpinnerColumn(), text, TimeElapsedColumn())
-            self._task = self._bar.add_task(f"parse {name}", total=None, rate=0.0)
-            self._bar.start()
-
-    def count(self, records: Iterable[Record | Reject]) -> Iterator[Record | Reject]:
-        """Pass the records on and count them."""
-        for record in records:
-            yield record
-            self._advance()
-
-    def _advance(self) -> None:
-        self._count += 1
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._count, rate=self._rate())
-        elif time.monotonic() - self._told > 10:
-            self._told = time.monotonic()
-            self._say()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        self._say()
-
-    def _say(self) -> None:
-        print(f"parse {self._name}: {self._count} records, {self._rate():.1f} records/s", file=sys.stderr, flush=True)
-
-    def _rate(self) -> float:
-        return self._count / max(1e-9, time.monotonic() - self._began)

@@ -15,12 +15,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from benepar.parse_chart import ChartParser
 from torch import Tensor
 
 from mta_ds.errors import UserError
 from mta_ds.spans.benepar_encode import Encoded, SentenceEncoder
 from mta_ds.spans.benepar_model import LoadedModel, annotate, fencepost_features, label_scores, load_model
 from mta_ds.spans.decode import Constituent, decode, span_fenceposts
+from mta_ds.spans.partitioned import FastPartitionedEncoder
 
 __all__ = ["BeneparParser", "Constituent", "Parse", "Parser", "Sentence", "WordsOnly", "load_parser"]
 
@@ -28,9 +30,10 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "parser"
 WORDS_ONLY = "none"
 BF16 = "bf16:"
 _ROOTS = frozenset({"ROOT", "TOP", "S1", "VROOT"})
-# Positions (sub-words with padding) of one encoder batch, and spans scored at once: what fits a CPU's caches.
-_BATCH_POSITIONS = 1024
-_CHUNK_SPANS = 2048
+# Positions (sub-words with padding) of one encoder batch, and spans scored at once. On a CPU what fits its caches: a
+# small batch has little padding and runs as fast as a large one.
+_BATCH_POSITIONS = {"cpu": 512, "cuda": 16_384}
+_CHUNK_SPANS = {"cpu": 2048, "cuda": 65_536}
 _SLICE = 1024  # sentences tokenized at once
 
 
@@ -77,7 +80,12 @@ class Parser(Protocol):
         """Parse any number of sentences, each of which fits; results in their order."""
 
 
-def load_parser(spec: str | None) -> Parser:
+def best_device() -> str:
+    """Where a parser of its own process runs: "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_parser(spec: str | None, device: str = "cpu") -> Parser:
     """The parser a user names.
 
     Args:
@@ -86,6 +94,7 @@ def load_parser(spec: str | None) -> Parser:
             a folder in ``benepar_en3``'s format or a single-file training checkpoint. "bf16:" before a Benepar
             model's path, or alone for the bundled model, runs its encoder in bf16: faster on a CPU that has such
             instructions, and another parser, since some trees change.
+        device: where a Benepar model runs: "cpu" or "cuda"; the others know the CPU only.
 
     Raises:
         UserError: nothing is there, or it is no model that can be loaded safely.
@@ -95,12 +104,12 @@ def load_parser(spec: str | None) -> Parser:
     if spec == WORDS_ONLY:
         return WordsOnly()
     if spec is None:
-        return BeneparParser(_load_benepar(""))
+        return BeneparParser(_load_benepar(""), device)
     if spec.startswith(spacy_parser.PREFIX):
         return spacy_parser.SpacyParser(spacy_parser.load_model(spec.removeprefix(spacy_parser.PREFIX)))
     if spec.startswith(BF16):
-        return BeneparParser(_in_bfloat16(_load_benepar(spec.removeprefix(BF16))))
-    return BeneparParser(_load_benepar(spec))
+        return BeneparParser(_in_bfloat16(_load_benepar(spec.removeprefix(BF16))), device)
+    return BeneparParser(_load_benepar(spec), device)
 
 
 def _load_benepar(path: str) -> LoadedModel:
@@ -134,20 +143,23 @@ class WordsOnly:
 
 
 class BeneparParser:
-    """A Benepar chart parser (Kitaev, Cao and Klein 2019) on the CPU; all but its encoder always in fp32."""
+    """A Benepar chart parser (Kitaev, Cao and Klein 2019); scores, norms and sums always in fp32."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, device: str = "cpu") -> None:
         self._model, self.name, self.fingerprint = loaded
+        self._model.to(device)
+        self._device = device
         packages = ("benepar", "torch", "transformers", "tokenizers")
         self.versions: dict[str, str] = {package: version(package) for package in packages}
         self._encoder = SentenceEncoder(self._model)
+        self._transformer = _transformer(self._model)
         chains = (name.split("::") for name in _names(self._model.label_vocab))
         self._labels = ["::".join(label for label in chain if label not in _ROOTS) for chain in chains]
         self._tags = _names(self._model.tag_vocab) if self._model.f_tag is not None else None
         self._force_root: bool = self._model.decoder.force_root_constituent
 
     def fits(self, sentence: Sentence) -> bool:
-        """False over the encoder's limit, and where a word is nothing to the encoder (white space, zero width)."""
+        """False over the encoder's limit, for white space, and where the last word is nothing to the encoder."""
         return self._encoder.fits(sentence.words, sentence.space_after)
 
     def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
@@ -164,16 +176,21 @@ class BeneparParser:
             if not self._encoder.takes(one):
                 raise ValueError(f"sentences must fit (ask fits() first): number {number} does not")
         parses: list[Parse | None] = [None] * len(encoded)
-        for numbers in _batches([sentence.cost for sentence in encoded], _BATCH_POSITIONS):
+        for numbers in self.batches(encoded):
             found = self._parse_batch([encoded[number] for number in numbers])
             for number, parse in zip(numbers, found, strict=True):
                 parses[number] = parse
         return [parse for parse in parses if parse is not None]
 
+    def batches(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
+        """Numbers of the sentences that go through the encoder together, batch by batch."""
+        return _batches([sentence.cost for sentence in encoded], _BATCH_POSITIONS[self._device])
+
     @torch.inference_mode()
     def _parse_batch(self, sentences: Sequence[Encoded]) -> list[Parse]:
         lengths = np.array([len(sentence.words) for sentence in sentences], np.int64)
-        annotations = annotate(self._model, self._encoder.collate(sentences))
+        batch = {name: value.to(self._device) for name, value in self._encoder.collate(sentences).items()}
+        annotations = annotate(self._model, batch, self._transformer)
         scores, labels = self._best_labels(annotations, lengths)
         constituents = decode(scores.numpy(), labels.numpy(), lengths, self._labels)
         tags = self._best_tags(annotations, lengths)
@@ -182,14 +199,15 @@ class BeneparParser:
     def _best_labels(self, annotations: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """Score and number of the best label of every chart cell, packed as decode.py says: [M] each."""
         features = fencepost_features(self._model, annotations)
-        left, right = map(torch.from_numpy, span_fenceposts(lengths, features.shape[1]))
+        fenceposts = span_fenceposts(lengths, features.shape[1])
+        left, right = (torch.from_numpy(side).to(self._device) for side in fenceposts)
         features = features.flatten(0, 1)
-        scores, labels = torch.empty(len(left)), torch.empty(len(left), dtype=torch.int64)
-        for first in range(0, len(left), _CHUNK_SPANS):
-            chunk = slice(first, first + _CHUNK_SPANS)
+        scores, labels = features.new_empty(len(left)), left.new_empty(len(left))
+        for first in range(0, len(left), _CHUNK_SPANS[self._device]):
+            chunk = slice(first, first + _CHUNK_SPANS[self._device])
             of_labels = label_scores(self._model, features[left[chunk]], features[right[chunk]])
             torch.max(of_labels, 1, out=(scores[chunk], labels[chunk]))
-        labels += 1
+        scores, labels = scores.cpu(), labels.cpu() + 1
         # The empty label scores 0 and wins a tie, as the first of all; the whole sentence may have to bear a label.
         empty = scores <= 0
         if self._force_root:
@@ -203,6 +221,14 @@ class BeneparParser:
             return
         for row, length in zip(self._model.f_tag(annotations).argmax(-1).tolist(), lengths.tolist(), strict=True):
             yield tuple(self._tags[tag] for tag in row[1 : length + 1])
+
+
+def _transformer(model: ChartParser) -> FastPartitionedEncoder | None:
+    """The layers above the pretrained encoder, with matrix products in its type."""
+    if model.encoder is None:
+        return None
+    pretrained = model.pretrained_model
+    return FastPartitionedEncoder(model.encoder, torch.float32 if pretrained is None else pretrained.dtype)
 
 
 def _names(vocabulary: dict[str, int]) -> list[str]:

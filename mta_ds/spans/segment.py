@@ -17,7 +17,7 @@ from mta_ds.spans.markup import regions
 from mta_ds.spans.parser import Sentence
 
 # Raise it when other sentences or words come out: a store is made by one set of rules.
-SEGMENTATION = 2
+SEGMENTATION = 3
 # A line ends a sentence, unless it is long and the next one goes on in lower case: hard-wrapped prose. "b)" and "iv."
 # begin an item of a list.
 _NEWLINES = r"\n\r\v\f\x85\u2028\u2029"
@@ -40,7 +40,7 @@ _RUNS = re.compile(rf"\S{{{_MAX_RUN}}}(?=\S)")
 # ... and its Doc holds the text twice: long lines go through it in pieces.
 _MAX_CHARS = 20_000
 # It remembers every distinct word; a fresh one now and then keeps memory flat over any corpus.
-_MAX_VOCABULARY = 300_000
+_MAX_VOCABULARY = 50_000
 _CLAUSE_ENDS = frozenset(
     {",", ";", ":", "-", "--", "–", "—", "…", "...", ")", "(", "|", "/", "•", "·", "，", "；", "："}
 )

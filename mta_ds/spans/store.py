@@ -6,6 +6,7 @@
     rejects-duplicates.jsonl       records whose id another record has, with other content
     store.json                     what the store is made of, written first: inputs, parser, number of shards
     manifest.json                  written last: the store is complete
+    log/                           where the inputs stood and how fast they went, see log.py
 
 Parquet cannot serve random rows (a whole row group is decoded for each), so the first reader makes an uncompressed,
 memory-mapped Arrow copy with an index, which all later readers share.

@@ -17,6 +17,7 @@ from mta_ds.errors import UsageError, UserError
 from mta_ds.evaluation.inspect import InspectedField, Inspection, describe, inspect, write_page
 from mta_ds.evaluation.tree import ParsedExample
 from mta_ds.evaluation.weights import RecordWeights, Token, record_weights
+from mta_ds.spans.parse import ParseConfig, parse
 
 RECORD = "demo-train-000"
 HOSTILE = "</p></svg><script>alert(1)</script>\x00\x1b[31m\u202e{{ 7*7 }} & \"quoted\" 'too' 😀"
@@ -188,9 +189,28 @@ def test_changed_text_is_refused(pair, tmp_path):
     assert describe(inspect(pair / "spans", RECORD, [str(file)], "instruction"))
 
 
+def test_without_records_the_text_is_where_it_was_parsed(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "heldout"):
+        shutil.copy(pair / f"{name}.jsonl", tmp_path)
+    parse(ParseConfig(inputs=("heldout.jsonl", "train.jsonl"), output=Path("spans"), parser="none"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert describe(inspect(tmp_path / "spans", RECORD, [])).startswith(RECORD)
+    (tmp_path / "heldout.jsonl").unlink()
+    assert describe(inspect(tmp_path / "spans", RECORD, [])).startswith(RECORD)
+    with pytest.raises(UserError, match=r"the store has it, but not .*train\.jsonl; name its file with --records"):
+        inspect(tmp_path / "spans", "demo-heldout-000", [])
+    (tmp_path / "train.jsonl").unlink()
+    gone = r"heldout\.jsonl: .*spans was parsed from it, but it is gone; name the text with --records"
+    with pytest.raises(UserError, match=gone):
+        inspect(tmp_path / "spans", RECORD, [])
+    shutil.rmtree(tmp_path / "spans" / "log")
+    with pytest.raises(UserError, match="a span store holds no text; give the record files with --records"):
+        inspect(tmp_path / "spans", RECORD, [])
+
+
 def test_other_mistakes(pair, tmp_path):
-    with pytest.raises(UserError, match="--records"):
-        inspect(pair / "spans", RECORD, [])
     with pytest.raises(UserError, match="no field 'ouput'; it has instruction, output"):
         inspect(pair / "spans", RECORD, records_of(pair), "ouput")
     with pytest.raises(UserError, match="no such span store"):
@@ -220,6 +240,33 @@ def test_token_weights_are_those_of_the_layer(pair, tmp_path):
     page = read(write_page(tmp_path / "page.html", inspection, last))
     shaded = [a for _, a in page.attributes if a.get("class") == "token"]
     assert len(shaded) == sum(1 for token in last.tokens if token.field)
+
+
+def test_weights_under_a_chat_template(pair, tmp_path):
+    from mta_ds.data import DataConfig, encode
+    from mta_ds.models import load_tokenizer
+
+    chatty = Path(shutil.copytree(pair / "student", tmp_path / "chatty"))
+    (chatty / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    record = inspect(pair / "spans", RECORD, records_of(pair)).record
+    weights = record_weights(record, str(chatty), template="chat")
+    whole = "".join(token.text for token in weights.tokens)
+    instruction, output = record.fields.values()
+    assert whole == f"<user>{instruction}<|end|>\n<assistant>{output}<|end|>"
+    config = DataConfig(template="chat", max_length=4096, max_prompt_length=4096)
+    ids = encode(record, config, load_tokenizer(chatty), None).input_ids
+    assert weights.num_tokens == len(ids) and sum(t.weight for t in weights.tokens) == pytest.approx(1, abs=1e-4)
+    for name in record.fields:
+        covered = {i for token in weights.tokens if token.field == name for i in range(token.start, token.end)}
+        assert covered == set(range(len(record.fields[name])))
+    page = tmp_path / "page.html"
+    shown = run_command("inspect", pair / "spans", RECORD, "--model", chatty, "--template", "chat", "--html", page)
+    assert f"token weights, layer 3 of chatty, {len(ids)} tokens" in shown.stdout
+    shaded = [a for _, a in read(page).attributes if a.get("class") == "token"]
+    assert len(shaded) == sum(1 for token in weights.tokens if token.field)
 
 
 def test_weights_agree_with_the_definition(pair):
@@ -270,7 +317,7 @@ def test_the_command_end_to_end(pair, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([RECORD], 1, "--records"),
+        ([RECORD, "--model", "STUDENT", "--template", "chat"], 1, "no chat template"),
         ([], 2, "give a RECORD"),
         (["--report", "page.html", "--html", "page.html"], 2, "give a RECORD"),
         ([RECORD, "--choose", "outermost"], 2, "choose"),
@@ -283,7 +330,8 @@ def test_mistakes_on_the_command_line_are_one_line(pair, monkeypatch, capfd, arg
 
     from mta_ds.cli import main
 
-    arguments = [str(pair / "train.jsonl") if a == "TRAIN" else a for a in arguments]
+    paths = {"TRAIN": str(pair / "train.jsonl"), "STUDENT": str(pair / "student")}
+    arguments = [paths.get(a, a) for a in arguments]
     monkeypatch.setattr(sys, "argv", ["mta-ds", "inspect", str(pair / "spans"), *arguments])
     with pytest.raises(SystemExit) as ended:
         main()

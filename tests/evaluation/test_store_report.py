@@ -10,11 +10,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mta_ds.data import SpanStore, UnitConfig, choose, read_manifest, read_records
+from mta_ds.data import Pace, SpanStore, UnitConfig, choose, read_manifest, read_records
 from mta_ds.errors import UserError
 from mta_ds.evaluation import store_report
 from mta_ds.evaluation.charts import histogram, ranking
-from mta_ds.evaluation.store_report import read_rejects, read_statistics, store_charts, write_store_report
+from mta_ds.evaluation.store_report import (
+    pace_charts,
+    read_rejects,
+    read_statistics,
+    store_charts,
+    write_store_report,
+)
 from mta_ds.spans.parse import ParseConfig, parse
 
 
@@ -61,9 +67,16 @@ def test_coverage_is_what_training_would_choose(pair, config):
 def test_the_page_is_whole_and_loads_nothing(store, tmp_path):
     output = write_store_report(store, tmp_path / "new" / "store.html")
     html = output.read_text(encoding="utf-8")
-    assert html.count("<svg") == html.count("</svg>") == 6
+    assert html.count("<svg") == html.count("</svg>") == 7
     assert "<script" not in html and "<link" not in html and 'src="' not in html and "url(http" not in html
-    for words in ("29 records in 1 part", "parsed by bundled", "unparsed", "Words per sentence", "Coverage"):
+    for words in (
+        "29 records in 1 part",
+        "parsed by bundled",
+        "unparsed",
+        "Words per sentence",
+        "Coverage",
+        "Records/s</b> 29 records",
+    ):
         assert words in html
     assert "Rejects</h2>" not in html
 
@@ -82,6 +95,30 @@ def test_rejects_are_told_by_reason_and_escaped(store, tmp_path):
     assert first.example.startswith("f.jsonl:3: bad JSON")
     html = write_store_report(store, tmp_path / "store.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)" in html and "<script" not in html
+
+
+def test_a_store_whose_log_is_gone_has_no_chart_of_speed(store, tmp_path):
+    shutil.rmtree(store / "log")
+    html = write_store_report(store, tmp_path / "store.html").read_text(encoding="utf-8")
+    assert html.count("<svg") == 6 and "Records/s" not in html
+
+
+def test_records_per_second_stand_between_the_samples():
+    line = store_report._pace_line(Pace(3, [100.0, 110.0, 110.0, 130.0], [0, 50, 60, 160]), 10)
+    assert (line.name, line.steps, line.values) == ("shard 3", [0.5, 2.0], [5.0, 5.0])
+
+
+def test_few_shards_are_all_drawn_and_of_many_the_slowest_and_fastest():
+    paces = [Pace(i, [1e9 + i, 1e9 + i + 7200], [0, 7200 * (i + 1)]) for i in range(30)]
+    (few,) = pace_charts(paces[1:3], 3)
+    assert few.note == "36,000 records, 2.5/s a shard; slowest 2.0/s (shard 1); 1 of 3 shards left no log"
+    assert "shard 1" in few.svg and "shard 2" in few.svg and "hours" in few.svg
+    many, slowest = pace_charts(paces, 30)
+    shown = {i for i in range(30) if f">shard {i}<" in many.svg}
+    assert shown == {0, 1, 2, 27, 28, 29}
+    assert slowest.note == "the slowest 25 of 30 shards" and ">shard 24<" in slowest.svg
+    assert ">shard 25<" not in slowest.svg
+    assert pace_charts([], 2) == []
 
 
 def test_labels_of_a_foreign_parser_are_only_text():

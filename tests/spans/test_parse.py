@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from mta_ds.errors import UsageError, UserError
 from mta_ds.spans import parse as module
 from mta_ds.spans import rows as rows_module
+from mta_ds.spans.log import read_paces
 from mta_ds.spans.parse import ParseConfig, parse, resolve_config
 from mta_ds.spans.parser import BUNDLED, Constituent, Parse, Sentence
 from mta_ds.spans.store import Manifest, SpanStore
@@ -60,7 +62,7 @@ class RightBranching:
 @pytest.fixture
 def parser(monkeypatch: pytest.MonkeyPatch) -> RightBranching:
     instance = RightBranching()
-    monkeypatch.setattr(module, "load_parser", lambda spec: instance)
+    monkeypatch.setattr(module, "load_parser", lambda spec, device: instance)
     # this parser is in this process only
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     return instance
@@ -181,10 +183,10 @@ def test_other_parser_inputs_or_shards_are_refused(
     parse(config)
     with pytest.raises(UserError, match="already holds a store of 1 shards"):
         parse(config.model_copy(update={"num_shards": 2}))
-    monkeypatch.setattr(module, "load_parser", lambda spec: RightBranching("other"))
+    monkeypatch.setattr(module, "load_parser", lambda spec, device: RightBranching("other"))
     with pytest.raises(UserError, match="already holds a store of another parser"):
         parse(config)
-    monkeypatch.setattr(module, "load_parser", lambda spec: parser)
+    monkeypatch.setattr(module, "load_parser", lambda spec, device: parser)
     text = Path(source).read_text()
     Path(source).write_text(text.replace("stay", "play"))  # of the same size
     with pytest.raises(UserError, match="already holds a store of other inputs"):
@@ -253,39 +255,92 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         resolve_config(None, (), {"inputs": ["a"]})
 
 
-def _parse_slowly(config: ParseConfig) -> None:
-    module.load_parser = lambda spec: RightBranching(delay=0.05)
-    parse(config)
+def _run(config: ParseConfig, index: int | None, delay: float, killed_after: float | None) -> None:
+    """A task in a process of its own, which kills itself from a thread, whatever it does by then."""
+    module.load_parser = lambda spec, device: RightBranching(delay=delay)
+    if killed_after is not None:
+        threading.Timer(killed_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    parse(config, index)
+    os._exit(0)  # without waiting for the thread
 
 
-def test_killed_at_random_moments_then_resumed_gives_the_same_bytes(
+def _start(config: ParseConfig, index: int | None, delay: float, killed_after: float | None = None) -> Any:
+    child = multiprocessing.get_context("fork").Process(target=_run, args=(config, index, delay, killed_after))
+    child.start()
+    return child
+
+
+def _undo(store: Path, part: int) -> None:
+    """As if a part, and so the manifest, had not been made."""
+    for path in (*store.glob(f"part-{part:05d}-*"), store / "manifest.json"):
+        path.unlink(missing_ok=True)
+
+
+def test_killed_twenty_times_at_random_moments_then_resumed_gives_the_same_bytes(
     tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 4)
     source = write(tmp_path / "a.jsonl", [*records(30), "bad\n"])
     config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=3, max_reject_share=0.5)
     parse(config.model_copy(update={"output": tmp_path / "whole"}))
-    delays = random.Random(7)
-    for _ in range(8):
-        child = multiprocessing.get_context("fork").Process(target=_parse_slowly, args=(config,))
-        child.start()
-        child.join(delays.uniform(0.0, 0.25))
-        if child.is_alive() and child.pid is not None:
-            os.kill(child.pid, signal.SIGKILL)
+    chance = random.Random(7)
+    num_killed = 0
+    while num_killed < 20:
+        child = _start(config, None, delay=0.005, killed_after=chance.uniform(0.0, 0.25))
         child.join()
+        num_killed += child.exitcode == -signal.SIGKILL
+        if child.exitcode == 0:  # it was faster: make it work again, or only merge
+            _undo(config.output, chance.randrange(4))
     parse(config)
     assert parts(tmp_path / "s") == parts(tmp_path / "whole")
+    assert [pace.records[-1] for pace in read_paces(tmp_path / "s", 3)] == [11, 10, 10]
 
 
-def test_two_tasks_on_one_shard_do_no_harm(tmp_path: Path, parser: RightBranching) -> None:
-    source = write(tmp_path / "a.jsonl", records(10))
-    config = ParseConfig(inputs=(source,), output=tmp_path / "s")
-    children = [multiprocessing.get_context("fork").Process(target=_parse_slowly, args=(config,)) for _ in range(3)]
-    for child in children:
+def _run_until_rename(config: ParseConfig, number: int, before: bool) -> None:
+    module.load_parser = lambda spec, device: RightBranching()
+    rename, renamed = os.replace, 0
+
+    def replace(*paths: Any) -> None:
+        nonlocal renamed
+        renamed += 1
+        if before and renamed == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+        if renamed == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace
+    parse(config)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_around_every_rename_the_manifests_too(tmp_path: Path, parser: RightBranching, before: bool) -> None:
+    source = write(tmp_path / "a.jsonl", [*records(4), "bad\n"])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "whole", num_shards=2, max_reject_share=0.5)
+    parse(config)
+    with_manifest = set()
+    for number in range(1, 100):
+        config = config.model_copy(update={"output": tmp_path / str(number)})
+        child = multiprocessing.get_context("fork").Process(target=_run_until_rename, args=(config, number, before))
         child.start()
+        child.join()
+        with_manifest.add((config.output / "manifest.json").is_file())
+        parse(config)
+        assert parts(config.output) == parts(tmp_path / "whole")
+        if child.exitcode == 0:
+            break
+    assert number > 9 and with_manifest == {True, False}
+
+
+def test_two_tasks_on_each_shard_do_no_harm(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", records(10))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2)
+    children = [_start(config, index, delay=0.05) for index in (0, 0, 1, 1)]
     for child in children:
         child.join()
-    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert [child.exitcode for child in children] == [0, 0, 0, 0]
+    assert (config.output / "manifest.json").is_file()  # whoever was last
     parse(config.model_copy(update={"output": tmp_path / "whole"}))
     assert parts(tmp_path / "s") == parts(tmp_path / "whole")
 

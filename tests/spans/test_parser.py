@@ -156,10 +156,21 @@ class TestBundledModel:
 
     @pytest.mark.parametrize("word", ["\u200b\u200b", " ", "\n\t", "\u00a0", "\x00", "\ufeff", ""])
     @pytest.mark.parametrize("place", [0, 1, 2])
-    def test_words_that_vanish_do_not_fit(self, bundled: BeneparParser, word: str, place: int) -> None:
+    def test_white_space_and_last_words_that_vanish_do_not_fit(
+        self, bundled: BeneparParser, word: str, place: int
+    ) -> None:
         words = ["one", "two"]
         words.insert(place, word)
-        assert not bundled.fits(Sentence(tuple(words), (True,) * 3))
+        takes = word != "" and not word.isspace() and place < 2
+        assert bundled.fits(Sentence(tuple(words), (True,) * 3)) == takes
+
+    def test_words_that_vanish_stand_for_the_next_as_in_benepar(self, bundled: BeneparParser) -> None:
+        # an emoji with its variation selector, which spaCy makes two words of and BERT's tokenizer drops
+        rest = sentence("After a cloudy dawn the sun will take over .")
+        sun = Sentence(("\u2600", "\ufe0f", *rest.words), (False, True, *rest.space_after))
+        within = sentence("We love \u200b\u200b \ufeff \ufe0f warm days .")
+        assert bundled.fits(sun) and bundled.fits(within)
+        assert plain(bundled.parse([sun, within])) == benepar_parses(bundled, [sun, within])
 
     def test_what_does_not_fit_is_refused_by_number(self, bundled: BeneparParser) -> None:
         for hostile in (Sentence(("a", "\u200b\u200b"), (True, True)), sentence("a " * 510 + "b")):
@@ -186,6 +197,13 @@ class TestBundledModel:
         weights["f_label.3.bias"] += 1
         torch.save(weights, copy / "benepar_model.bin")
         assert load_parser(str(copy)).fingerprint != bundled.fingerprint
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    @pytest.mark.parametrize("spec", ["", "bf16:"])
+    def test_on_a_gpu(self, spec: str) -> None:
+        on_gpu, on_cpu = load_parser(spec or None, "cuda").parse(SENTENCES), load_parser(spec or None).parse(SENTENCES)
+        differing = sum(a != b for a, b in zip(on_gpu, on_cpu, strict=True))
+        assert differing <= (1 if spec else 0)
 
     def test_computed_in_single_precision(self, bundled: BeneparParser) -> None:
         assert {p.dtype for p in bundled._model.parameters()} == {torch.float32}

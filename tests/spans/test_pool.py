@@ -17,7 +17,7 @@ from mta_ds.spans import rows as rows_module
 from mta_ds.spans.merge import status
 from mta_ds.spans.parse import ParseConfig, merge_only, parse
 from mta_ds.spans.parser import load_parser
-from mta_ds.spans.pool import ParserPool
+from mta_ds.spans.pool import ParserPool, open_pool
 from mta_ds.spans.rows import Field, batches, parse_fields
 
 TEXTS = ["The old man reads a book. It rains, and she stays.", "A cat sat on the mat!", "\0 \u200b x", ""]
@@ -114,6 +114,13 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.
         parse(config)
         stores.append({path.name: path.read_bytes() for path in output.iterdir() if path.is_file()})
     assert stores[0] == stores[1] == stores[2]
+
+
+def test_a_gpu_has_one_worker_and_a_cpu_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    for device, workers, expected in (("cpu", None, 3), ("cuda", None, 1), ("cuda", 2, 2)):
+        with open_pool(load_parser("none"), "none", workers, device) as pool:
+            assert pool._num_workers == expected
 
 
 def test_status_and_merge(tmp_path: Path) -> None:
