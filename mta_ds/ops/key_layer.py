@@ -1,7 +1,7 @@
 """One key layer, as a hook of the teacher calls it: every structural op over the layer's states, with gradients.
 
 How often a hidden state [n, d] is read, and why not less often:
-1. its rows' standard deviations, which every score needs (a CPU reads it for the means: norms are the scores' diagonal);
+1. its rows' standard deviations, which every score needs (a CPU reads it for means: norms are the scores' diagonal);
 2. the scores' row sums, and
 3. (a GPU; a CPU has the block of scores at hand) their column sums, which need all row sums of the sequence;
 4. pooling, which needs all weights of the sequence, so all its columns;
