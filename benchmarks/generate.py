@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from common import Row, bounded, machine_row, measure, options, pin_threads, report, time_ratio
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizer import train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mta_ds.data import DataConfig, Record, encode_prompt, read_records
@@ -72,15 +72,7 @@ def load(folder: Path, num_prompts: int) -> tuple[AutoModelForCausalLM, PreTrain
 
 def random_model(folder: Path) -> Path:
     """A small model with wide logits and a tokenizer of 1,000 tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator((ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = train_tokenizer((ASSETS / "train.jsonl").read_text(encoding="utf-8").splitlines())
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizer import train_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 MAX_LENGTH, MAX_PROMPT = 128, 64
 TEACHER = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
@@ -125,14 +125,8 @@ def prepare(root: Path, records: Path, heldout: Path, sizes: Sizes) -> None:
 
 def make_model(root: Path, folder: Path, shape: dict[str, int], vocabulary: int) -> None:
     """A random model with a byte-level BPE tokenizer of the records."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     rows = map(json.loads, (root / "train.jsonl").read_text(encoding="utf-8").splitlines())
-    backend.train_from_iterator((text for row in rows for text in row.values()), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = train_tokenizer((text for row in rows for text in row.values()), vocabulary)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, **shape

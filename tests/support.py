@@ -14,9 +14,13 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mta_ds.data import Batch
+from mta_ds.losses import MTALoss
+from mta_ds.models import ragged
 from mta_ds.spans.parse import ParseConfig, parse
 
 DEMO = Path(__file__).parents[1] / "mta_ds" / "assets" / "demo"
+GPT2 = Path(__file__).parents[2] / "shared" / "data" / "tokenizers" / "gpt2"
 # everything is partitioned and nothing kept gathered, else ZeRO-3's mistakes hide in models this small
 CPU_TEST = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
 SIZES = {
@@ -121,3 +125,29 @@ def assert_same_run(a, b, tolerance: float = 1e-5) -> None:
             assert value == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
     for name, weight in a[1].items():
         assert torch.allclose(weight.float(), b[1][name].float(), rtol=tolerance, atol=tolerance), name
+
+
+def plain_losses(bodies, mta: MTALoss, batch: Batch, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """KL(p ‖ q) from full logits, and MTA from all key layers in lists: student and teacher are ``bodies``."""
+    states, finals = [], []
+    for body in bodies:
+        seen: dict[int, torch.Tensor] = {}
+        with torch.set_grad_enabled(body is bodies[0]):
+            final = body(batch.input_ids, batch.attention_mask, on_layer=seen.__setitem__)
+            states.append([ragged(hidden, batch.valid) for hidden in seen.values()])
+            finals.append(ragged(final, batch.valid) @ body.head[:vocab_size].T)
+    counted = batch.targets != -100
+    log_q, log_p = (logits[counted].log_softmax(-1) for logits in finals)
+    base = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return base, *mta(states[0], states[1], batch.cu_seqlens, batch.spans)
+
+
+def gpt2_backend() -> Tokenizer:
+    """GPT-2's real tokenizer; the test is skipped where its files are not beside the project."""
+    if not GPT2.is_dir():
+        pytest.skip("GPT-2's vocabulary is not beside the project")
+    merges = [tuple(line.split()) for line in (GPT2 / "merges.txt").read_text("utf-8").splitlines()[1:] if line]
+    backend = Tokenizer(models.BPE(json.loads((GPT2 / "vocab.json").read_text("utf-8")), merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend

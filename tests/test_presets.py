@@ -118,7 +118,7 @@ def test_settings_are_the_papers(pair: str, method: str, mta: bool) -> None:
         assert train.validate_every is None  # once an epoch
     else:
         assert (loss.alpha, loss.alpha_curriculum, loss.beta_curriculum) == (0.1, True, True)
-        assert data.train == (f"runs/{pair}-pairs/student/pairs.jsonl",)
+        assert loss.regenerate == "both"
         assert (config.generation.temperature, config.generation.top_p, config.generation.do_sample) == (1.0, 1.0, True)
     assert SCORES[pair, method][mta] in (FOLDER / f"{name_of(pair, method, mta)}.yaml").read_text(encoding="utf-8")
 
@@ -149,15 +149,15 @@ def test_evaluation_is_the_protocol(name: str) -> None:
 
 @pytest.mark.parametrize("pair", LAMBDAS)
 def test_the_stages_fit_one_another(pair: str) -> None:
-    sft, seqkd, pairs = preset(f"{pair}-sft"), preset(f"{pair}-seqkd"), preset(f"{pair}-distillm2")
+    sft, seqkd, distillm2 = preset(f"{pair}-sft"), preset(f"{pair}-seqkd"), preset(f"{pair}-distillm2")
     assert sft.loss.divergence == seqkd.loss.divergence == "sft" and sft.mta is None and seqkd.mta is None
-    assert pairs.student.path == f"{sft.run_dir}/export"
-    assert seqkd.data.train == (f"runs/{pair}-pairs/teacher",)
+    assert distillm2.student.path == f"{sft.run_dir}/export"
+    assert seqkd.data.train == (f"{seqkd.run_dir}/generated/teacher",)  # where generate writes unless told
+    assert seqkd.generation.inputs == distillm2.data.train == sft.data.train
     for other in (sft, seqkd):
         assert not other.data.validation  # else SFT would load the teacher, for nothing but a figure
-        assert other.train.micro_batch_size == pairs.train.micro_batch_size
-    for generating in (seqkd, pairs):
-        assert generating.generation.inputs == sft.data.train
+        assert other.train.micro_batch_size == distillm2.train.micro_batch_size
+    for generating in (seqkd, distillm2):
         assert generating.generation.max_length == generating.data.max_length
 
 
@@ -177,7 +177,7 @@ CHAT += "{% if add_generation_prompt %}assistant: {% endif %}"
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both models of every shape (configuration and tokenizer), records, pairs, and one store of all their spans."""
+    """Both models of every shape (configuration and tokenizer), records, and a store of their spans."""
     root = tmp_path_factory.mktemp("presets")
     rows = [json.loads(line) for line in (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
     tokenizer = train_tokenizer("\n".join(row["output"] for row in rows))
@@ -189,11 +189,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer.save_pretrained(root / shape / side)
     write_rows(root / "train.jsonl", rows[:4])
     write_rows(root / "heldout.jsonl", rows[4:])
-    pairs = [
-        row | {"id": f"pair-{row['id']}", "chosen": row["output"], "rejected": row["input"] or "No."} for row in rows
-    ]
-    write_rows(root / "pairs.jsonl", [{k: v for k, v in row.items() if k != "output"} for row in pairs[:4]])
-    inputs = tuple(str(root / f"{name}.jsonl") for name in ("train", "pairs", "heldout"))
+    inputs = tuple(str(root / f"{name}.jsonl") for name in ("train", "heldout"))
     parse(ParseConfig(inputs=inputs, output=root / "spans", workers=1))
     return root
 
@@ -209,10 +205,9 @@ def test_check_passes(
     """The plan of each preset, given paths on the command line and nothing else."""
     monkeypatch.chdir(ROOT)  # presets name ds_configs/ from the project's folder
     models = stand_ins / name.split("-")[0]
-    records = stand_ins / ("pairs.jsonl" if "distillm2" in name else "train.jsonl")
     given = preset(name)
     overrides = [f"run_dir={tmp_path}", f"teacher.path={models}/teacher", f"student.path={models}/student"]
-    overrides += [f"data.train=[{records}]"]
+    overrides += [f"data.train=[{stand_ins}/train.jsonl]"]
     overrides += [f"data.validation=[{stand_ins}/heldout.jsonl]"] * bool(given.data.validation)
     overrides += [f"data.spans={stand_ins}/spans"] * (given.mta is not None)
     config = preset(name, *overrides)
@@ -225,7 +220,8 @@ def test_check_passes(
     if config.mta is None:
         assert plan["MTA"] == "off" and "key layers" not in plan
         return
-    assert plan["training spans"].startswith("100.0 % of the records have spans")
+    expected = "those of the responses that are written" if config.regenerates else "100.0 % of the records have spans"
+    assert plan["training spans"].startswith(expected)
     layers = zip(config.mta.student_layers or (), config.mta.teacher_layers or (), strict=True)
     pairs = [f"{s} ← {t} ({'phrases' if i else 'words'})" for i, (s, t) in enumerate(layers)]
     assert plan["key layers"] == f"student ← teacher: {', '.join(pairs)}"

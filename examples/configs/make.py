@@ -118,7 +118,7 @@ def render(pair: str, method: str, mta: bool) -> str:
             _mta(PAIRS[pair], method) if mta else "mta: null\n",
             _loss(PAIRS[pair], method, mta),
             _train(PAIRS[pair], method),
-            _generation() if method in ("distillm2", "seqkd") else "",
+            _generation(method) if method in ("distillm2", "seqkd") else "",
             EVALUATION,
         )
     )
@@ -155,14 +155,7 @@ def _stages(pair: str, method: str, file: str) -> list[str]:
     if method == "seqkd":
         return [
             f"{pair}-sft.yaml comes first: it says how the teacher is made. Then",
-            f"  mta-ds generate {file} --model teacher --output runs/{pair}-pairs/teacher",
-        ]
-    if method == "distillm2":
-        return [
-            *start,
-            f"  mta-ds generate {file} --model teacher --output runs/{pair}-pairs/teacher",
-            f"  mta-ds generate {file} --model student --output runs/{pair}-pairs/student \\",
-            f"      --pair-with runs/{pair}-pairs/teacher",
+            f"  mta-ds generate {file} --model teacher",
         ]
     return start
 
@@ -181,11 +174,10 @@ student:
 
 
 def _parse(pair: str, method: str) -> str:
-    records, store = _records(pair, method), _store(pair, method)
     return f"""\
 parse:
-  inputs: [{records}, data/dolly/dev.jsonl]
-  output: {store}
+  inputs: [{_records(pair, method)}, data/dolly/dev.jsonl]
+  output: runs/dolly-spans
   # the bundled Benepar model; the paper's own units are those of a spaCy model: parser: spacy:en_core_web_lg here, and
   # choose: maximal in data.units (another parser needs another output)
 """
@@ -194,8 +186,8 @@ parse:
 def _data(pair: str, method: str, mta: bool) -> str:
     # nobody reads a teacher in SFT, unless there is a validation set to compare it on
     validation = "" if method in ("sft", "seqkd") else "  validation: [data/dolly/dev.jsonl]\n"
-    spans = f"""\
-  spans: {_store(pair, method)}
+    spans = """\
+  spans: runs/dolly-spans
   units:
     labels: [NP, VP]
     choose: innermost
@@ -212,12 +204,7 @@ data:
 
 
 def _records(pair: str, method: str) -> str:
-    generated = {"distillm2": f"runs/{pair}-pairs/student/pairs.jsonl", "seqkd": f"runs/{pair}-pairs/teacher"}
-    return generated.get(method, "data/dolly/train.jsonl")
-
-
-def _store(pair: str, method: str) -> str:
-    return f"runs/{pair}-pairs/spans" if method == "distillm2" else "runs/dolly-spans"
+    return f"runs/{pair}-seqkd/generated/teacher" if method == "seqkd" else "data/dolly/train.jsonl"
 
 
 def _mta(pair: Pair, method: str) -> str:
@@ -257,7 +244,7 @@ loss:
 def _train(pair: Pair, method: str) -> str:
     epochs = pair.epochs.get(method, pair.epochs[""])
     lr = pair.lr.get(method, pair.lr[""])
-    what = " of records, each two sequences" if method == "distillm2" else ""
+    what = " of prompts, each with two responses" if method == "distillm2" else ""
     return f"""\
 train:
   epochs: {epochs}
@@ -274,11 +261,11 @@ train:
 """
 
 
-def _generation() -> str:
-    return """\
+def _generation(method: str) -> str:
+    inputs = "  inputs: [data/dolly/train.jsonl]\n" if method == "seqkd" else ""
+    return f"""\
 generation:
-  inputs: [data/dolly/train.jsonl]
-  do_sample: true
+{inputs}  do_sample: true
   temperature: 1.0
   top_p: 1.0
   top_k: 0
@@ -322,7 +309,7 @@ loss:
   alpha: 0.1
   alpha_curriculum: true
   beta_curriculum: true
-  # the paper writes the pairs anew at each epoch: add regenerate: both (these then only name the prompts)
+  regenerate: both  # the teacher and the student answer the prompts of data.train anew at each epoch
 """
 
 EVALUATION = """\

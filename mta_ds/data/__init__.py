@@ -1,17 +1,26 @@
 """Records and spans to batches: templates, projection onto tokens, data set, collation, loader."""
 
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Batch, Counts, Example, Spans, collate, total
-from mta_ds.data.dataset import DatasetSummary, EncodedDataset, build_dataset, local_files
+from mta_ds.data.dataset import DatasetSummary, EncodedDataset, build_dataset
 from mta_ds.data.encode import DataConfig, Dropped, encode, encode_prompt
 from mta_ds.data.loader import StepLoader, sample_order
 from mta_ds.data.project import project
 from mta_ds.data.responses import PairCounts, answered, paired, to_line, write_pairs
-from mta_ds.data.rollout import decode_with_offsets, rollout_example
+from mta_ds.data.rollout import ParsedResponse, decode_with_offsets, rollout_example
 from mta_ds.data.template import Half, Template, render
 from mta_ds.data.units import Chosen, UnitConfig, choose
 from mta_ds.spans.log import Pace, read_inputs, read_paces
 from mta_ds.spans.merge import reject_log
-from mta_ds.spans.records import GENERATION, Record, Reject, input_files, parse_row, read_records, read_rows
+from mta_ds.spans.records import (
+    GENERATION,
+    Record,
+    Reject,
+    input_files,
+    local_files,
+    parse_row,
+    read_records,
+    read_rows,
+)
 from mta_ds.spans.store import Manifest, SpanStore, Units, check_part, part_name, read_manifest
 
 __all__ = [
@@ -30,6 +39,7 @@ __all__ = [
     "Manifest",
     "Pace",
     "PairCounts",
+    "ParsedResponse",
     "Record",
     "Reject",
     "SpanStore",

@@ -23,7 +23,7 @@ from mta_ds.data.encode import DataConfig, Dropped, encode_parts
 from mta_ds.data.template import Half, changed_fields, render
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, sha256, write_atomic
-from mta_ds.spans.records import Record, Reject, input_files, read_records
+from mta_ds.spans.records import Record, Reject, local_files, read_records
 from mta_ds.spans.store import SpanStore
 
 _FORMAT = 5  # raise it when encoding changes: older caches are then passed over
@@ -141,14 +141,6 @@ def _fingerprint(
         "store": sha256(store.path / "manifest.json") if store else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def local_files(source: str) -> list[Path]:
-    """The local files behind one input; empty for the name of a data set."""
-    files = input_files(source)
-    # a folder that ``datasets`` saved, as it is or with ":split"
-    folders = [name for name in (source, source.rpartition(":")[0]) if name and Path(name).is_dir()]
-    return files or [path for name in folders for path in sorted(Path(name).rglob("*")) if path.is_file()]
 
 
 def _write(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,25 +67,31 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
 
 
+class ParsedResponse(NamedTuple):
+    """A response's text with the places of its ids in it, as :func:`decode_with_offsets` gives them, and its units."""
+
+    text: str
+    offsets: np.ndarray
+    units: Units
+
+
 def rollout_example(
-    asked: Example, response: Sequence[int], units: Units | None, config: UnitConfig, tokenizer: Any
+    asked: Example, response: Sequence[int], parsed: ParsedResponse | None, config: UnitConfig
 ) -> Example:
     """``asked``'s prompt with another response: its labels are the generated ids, its spans the prompt's and their own.
 
     Args:
         response: at least one id, with the EOS that ended it.
-        units: of the response's text as :func:`decode_with_offsets` gives it; None: it was not parsed, and the example
-            has no spans at all, so that MTA passes over it.
+        parsed: None: nobody has parsed it, and the example has no spans at all, so that MTA passes over it.
     """
     start = asked.prompt_length
     ids = np.concatenate([asked.input_ids[:start], np.asarray(response, dtype=np.int32)])
     labels = ids.copy()
     labels[:start] = IGNORED
     spans = {granularity: np.zeros((0, 2), dtype=np.int32) for granularity in GRANULARITIES}
-    if units is not None:
-        text, offsets = decode_with_offsets(response, tokenizer)
-        for granularity, chosen in zip(GRANULARITIES, choose(units, config), strict=True):
-            found = project(text, offsets, chosen)
+    if parsed is not None:
+        for granularity, chosen in zip(GRANULARITIES, choose(parsed.units, config), strict=True):
+            found = project(parsed.text, parsed.offsets, chosen)
             own = unique_ranges(found[found[:, 0] < found[:, 1]]) + start
             before = asked.spans[granularity]
             spans[granularity] = np.concatenate([before[before[:, 1] <= start], own]).astype(np.int32)

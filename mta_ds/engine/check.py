@@ -33,9 +33,9 @@ def check(config: RunConfig, world_size: int = 1) -> None:
         *model_rows(pair),
         trainable_row(config, pair),
         *loss_rows(config, pair),
-        *data_rows("training", train.summary),
+        *data_rows("training", train.summary, config.regenerates),
         *(data_rows("validation", validation.summary) if validation else []),
-        *plan_rows(config, len(train), world_size),
+        *plan_rows(config, len(train) // train.group, world_size),
     ]
     table = Table(title=f"Plan of {config.run_dir}", show_header=False, title_justify="left")
     for name, value in rows:
@@ -92,8 +92,8 @@ def loss_rows(config: RunConfig, pair: Pair) -> Rows:
     return [*rows, ("key layers", f"student ← teacher: {pairs}")]
 
 
-def data_rows(name: str, summary: DatasetSummary) -> Rows:
-    """Size of a data set, and how much of it MTA can reach."""
+def data_rows(name: str, summary: DatasetSummary, regenerated: bool = False) -> Rows:
+    """Size of a data set, and how much of it MTA can reach, unless it is ``regenerated`` at each epoch."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items()))
     changed = summary.changed_fields
     without = f"; {changed} fields have none, the template changed them" if changed else ""
@@ -105,7 +105,9 @@ def data_rows(name: str, summary: DatasetSummary) -> Rows:
         ),
         (
             f"{name} spans",
-            f"{_share(summary.with_spans, summary.records)} of the records have spans, "
+            "those of the responses that are written and parsed at each epoch"
+            if regenerated
+            else f"{_share(summary.with_spans, summary.records)} of the records have spans, "
             f"which cover {_share(summary.covered_tokens, summary.tokens)} of the tokens{without}",
         ),
     ]

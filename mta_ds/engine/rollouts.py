@@ -20,6 +20,7 @@ from mta_ds.data import (
     Batch,
     DataConfig,
     Example,
+    ParsedResponse,
     StepLoader,
     decode_with_offsets,
     rollout_example,
@@ -41,14 +42,23 @@ Write = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[int]]]
 """(prompts, keys of their random streams) -> responses with their EOS; every rank calls it together."""
 
 
+class Sent(NamedTuple):
+    """A response that is being parsed."""
+
+    ticket: int
+    text: str
+    offsets: np.ndarray
+    """Of the response's ids in the text."""
+
+
 class Plan(NamedTuple):
     """What a coming step trains on."""
 
     source: Source
     responses: list[list[int]]
     """Ids of each sequence of the step, over all ranks, by its place in the step; empty unless rollouts."""
-    tickets: dict[int, int]
-    """Place in the step -> the parser's ticket, of this rank's sequences."""
+    sent: dict[int, Sent]
+    """Place in the step -> what the parser has of it, of this rank's sequences."""
 
 
 class Rollouts:
@@ -145,28 +155,30 @@ class Rollouts:
             logger.warning("step %d: %d of %d rollouts are empty (EOS first)", step, empty, len(responses))
         return responses
 
-    def _submit(self, step: int, responses: Sequence[Sequence[int]]) -> dict[int, int]:
+    def _submit(self, step: int, responses: Sequence[Sequence[int]]) -> dict[int, Sent]:
         """Give this rank's responses to the parser."""
         if self._open_pool is None or not responses:
             return {}
         if self._pool is None:  # parsers start with the first text
             self._pool = self._open_pool()
-        tickets = {}
+        sent = {}
         for place in (place for row in self._loader.places() for place in row):
-            text, _ = decode_with_offsets(responses[place], self._tokenizer)
-            tickets[place] = self._pool.submit([Field(f"{step}/{place}", "response", text)])
-        return tickets
+            text, offsets = decode_with_offsets(responses[place], self._tokenizer)
+            sent[place] = Sent(self._pool.submit([Field(f"{step}/{place}", "response", text)]), text, offsets)
+        return sent
 
     def _receive(self, step: int, plan: Plan) -> list[Example]:
         """The step's rollouts as examples, those of all ranks; the buffer has them from now on."""
         first = self._first_sample(step)
         mine = {}
         for place in (place for row in self._loader.places() for place in row):
-            units = None
+            parsed = None
             if self._pool is not None:
-                (units,) = self._pool.result(plan.tickets[place]).units()
+                sent = plan.sent[place]
+                (units,) = self._pool.result(sent.ticket).units()
+                parsed = ParsedResponse(sent.text, sent.offsets, units)
             asked = self._loader.example(first + place)
-            mine[place] = rollout_example(asked, plan.responses[place], units, self._data.units, self._tokenizer)
+            mine[place] = rollout_example(asked, plan.responses[place], parsed, self._data.units)
         merged = {place: example for share in distributed.gather_objects(mine) for place, example in share.items()}
         examples = [merged[place] for place in sorted(merged)]
         if self._method.buffer_size:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from mta_ds.config import Section
 from mta_ds.losses.method import BaseLoss, Method, MicroStep, Teacher
-from mta_ds.ops import Divergence, HeadGradient, label_log_probs, linear_divergence
+from mta_ds.ops import IGNORED, Divergence, HeadGradient, label_log_probs, linear_divergence
 
-IGNORED = -100
 _SMALLEST_ALPHA = 0.01
 
 

@@ -11,13 +11,14 @@ from mta_ds.ops.head_gradient import HeadGradient
 from mta_ds.ops.hid import hid
 from mta_ds.ops.key_layer import LayerGradients, LayerTerms, align_layer, attach
 from mta_ds.ops.layout import SpanLayout
-from mta_ds.ops.linear_divergence import LinearDivergence, label_log_probs, linear_divergence
+from mta_ds.ops.linear_divergence import IGNORED, LinearDivergence, label_log_probs, linear_divergence
 from mta_ds.ops.reference import covered_tokens
 from mta_ds.ops.span_pool import normalise_within, span_pool, span_weights
 from mta_ds.ops.token_weights import token_weights
 from mta_ds.ops.trajectory import TrajectoryGradients, align_trajectory, attach_trajectory
 
 __all__ = [
+    "IGNORED",
     "Divergence",
     "DivergenceName",
     "HeadGradient",

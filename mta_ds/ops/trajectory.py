@@ -75,7 +75,8 @@ def align_trajectory(
         Σ_t [kl_factor · KL(softmax(z^T/τ) ‖ softmax(z^S/τ)) + derivative_factor · (1 - cos(Δ^S, Δ^T))]
 
     over all n tokens, z = head · state and Δ = log softmax(z) - log softmax(z of the key layer before), without τ. A
-    token whose Δ is zero on either side has cosine 0 and no gradient from it.
+    token whose Δ is zero on either side has cosine 0 and no gradient from it; a Δ of nothing but rounding has some
+    direction, and a gradient of 1/|Δ|.
 
     Args:
         student, student_head: [n, d_S] and the LM head [V_S, d_S], of one dtype.

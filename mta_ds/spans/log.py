@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mta_ds.files import write_atomic
-from mta_ds.spans.records import Record, Reject, input_files
+from mta_ds.spans.records import Record, Reject, local_files
 from mta_ds.spans.store import part_name
 
 if TYPE_CHECKING:  # a reader of logs needs no parser
@@ -30,20 +30,9 @@ _MAX_SAMPLES = 512
 _SECONDS_BETWEEN = 0.25  # at first; twice as long whenever there are too many samples
 
 
-def saved_folder(source: str) -> Path | None:
-    """The folder that an input without record files names: saved by ``datasets``, with or without ":split"."""
-    for name in (source, source.rpartition(":")[0]):
-        if name and (folder := Path(name).expanduser()).is_dir():
-            return folder
-    return None
-
-
 def write_inputs(store: Path, inputs: Sequence[str]) -> None:
     """Keep where the inputs stand, for who looks at the store later and from elsewhere."""
-    placed = [
-        os.path.abspath(Path(source).expanduser()) if input_files(source) or saved_folder(source) else source
-        for source in inputs
-    ]
+    placed = [os.path.abspath(Path(source).expanduser()) if local_files(source) else source for source in inputs]
     if placed != read_inputs(store):
         write_atomic(store / FOLDER / _INPUTS, json.dumps(placed, indent=1) + "\n")
 
@@ -127,7 +116,7 @@ class Progress:
         """Write the shard's file, when all of it is done."""
         self._advance()
         self._samples.append((self._now(), self._done))
-        lines = [json.dumps({"time": round(when, 3), "records": records}) for when, records in self._samples]
+        lines = [json.dumps({"time": round(when, 6), "records": records}) for when, records in self._samples]
         write_atomic(self._path, "\n".join(lines) + "\n")
 
     def close(self) -> None:

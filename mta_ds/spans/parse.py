@@ -23,11 +23,11 @@ from pydantic import Field as Setting
 from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
 from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.spans.log import Progress, saved_folder, write_inputs
+from mta_ds.spans.log import Progress, write_inputs
 from mta_ds.spans.merge import complete_part, merge, missing_parts, read_identity, reject_log
 from mta_ds.spans.parser import BF16, best_device, load_parser
 from mta_ds.spans.pool import Parsing, open_pool
-from mta_ds.spans.records import Record, Reject, input_files, read_records
+from mta_ds.spans.records import Record, Reject, local_files, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
 from mta_ds.spans.segment import SEGMENTATION
 from mta_ds.spans.store import ROWS_PER_GROUP, SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, part_name
@@ -162,10 +162,7 @@ def _fingerprint_inputs(inputs: Iterable[str]) -> str:
     """
     seen: list[list[str]] = []
     for source in inputs:
-        files = input_files(source)
-        if not files and (folder := saved_folder(source)) is not None:
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-        seen.append([f"{file.name}:{sha256(file)}" for file in files] or [source])
+        seen.append([f"{file.name}:{sha256(file)}" for file in local_files(source)] or [source])
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 

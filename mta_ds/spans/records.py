@@ -133,6 +133,14 @@ def input_files(source: str) -> list[Path]:
     return files
 
 
+def local_files(source: str) -> list[Path]:
+    """All files that one input is read from, those of a folder that ``datasets`` saved too; empty for the name of a
+    data set. Raises as :func:`input_files`.
+    """
+    folder = _saved_dataset(source)
+    return input_files(source) if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _only_records(files: Iterable[Path]) -> list[Path]:
     """Files with a name that records have, sorted; of a folder of generated records its parts alone."""
     found = []

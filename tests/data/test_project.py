@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import gpt2_backend
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mta_ds.data import project
@@ -18,19 +17,13 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog, doesn't it? It costs $5.00 (five dollars).",
     "naïve café coöperate 😀 👩‍👩‍👧 שלום עולם 漢字かな line\nbreak\ttab  two spaces",
 ] * 30
-GPT2 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "gpt2"
 FAMILIES = ("byte-level", "byte-level-prefix", "metaspace", "metaspace-bare", "unigram", "wordpiece", "gpt2")
 
 
 @cache
 def tokenizer(family: str) -> Tokenizer:
     if family == "gpt2":
-        if not GPT2.is_dir():
-            pytest.skip("GPT-2's vocabulary is not beside the project")
-        merges = [tuple(line.split()) for line in (GPT2 / "merges.txt").read_text("utf-8").splitlines()[1:] if line]
-        backend = Tokenizer(models.BPE(json.loads((GPT2 / "vocab.json").read_text("utf-8")), merges))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return backend
+        return gpt2_backend()
     if family.startswith("byte-level"):
         backend, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=family.endswith("prefix"))

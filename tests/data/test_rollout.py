@@ -7,18 +7,26 @@ import re
 import string
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import gpt2_backend
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mta_ds.data import GRANULARITIES, Example, UnitConfig, Units, collate, decode_with_offsets, rollout_example
+from mta_ds.data import (
+    GRANULARITIES,
+    Example,
+    ParsedResponse,
+    UnitConfig,
+    Units,
+    collate,
+    decode_with_offsets,
+    rollout_example,
+)
 
-GPT2 = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "gpt2"
 FAMILIES = ("gpt2", "byte-level", "metaspace", "metaspace-bare", "unigram", "wordpiece", "suffix")
 STRAY = "\ufffd"
 EOS, ROLE = "<|end|>", "<|role|>"
@@ -31,15 +39,7 @@ CORPUS = [
 @cache
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     """With the decoder that belongs to its family, an EOS, and a special token that has no role."""
-    if family == "gpt2":
-        if not GPT2.is_dir():
-            pytest.skip("GPT-2's vocabulary is not beside the project")
-        merges = [tuple(line.split()) for line in (GPT2 / "merges.txt").read_text("utf-8").splitlines()[1:] if line]
-        backend = Tokenizer(models.BPE(json.loads((GPT2 / "vocab.json").read_text("utf-8")), merges))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-    else:
-        backend = train(family)
+    backend = gpt2_backend() if family == "gpt2" else train(family)
     backend.add_special_tokens([EOS, ROLE])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
 
@@ -231,6 +231,10 @@ def units_of(text: str, *phrases: tuple[str, str]) -> Units:
     return Units(b"", len(text), bounds, words, [""] * len(words), np.array(rows).reshape(-1, 3), labels)
 
 
+def parse_of(response: list[int], units: Units) -> ParsedResponse:
+    return ParsedResponse(*decode_with_offsets(response, tokenizer("byte-level")), units)
+
+
 def make_asked() -> Example:
     """Five tokens of a prompt and a response of its own, with spans in both and one across."""
     ids = np.arange(10, 18, dtype=np.int32)
@@ -253,7 +257,7 @@ def test_spans_lie_on_the_generated_ids() -> None:
     assert response[:-1] != encode("byte-level", written)
     units = units_of(written, ("NP", "the big 🦖"), ("VP", "ate two dogs"), ("NP", "two dogs"))
     asked = make_asked()
-    example = rollout_example(asked, response, units, CONFIG, tokenizer("byte-level"))
+    example = rollout_example(asked, response, parse_of(response, units), CONFIG)
 
     assert (example.record_id, example.prompt_length, example.is_rejected) == ("r7", 5, False)
     assert example.input_ids.tolist() == [10, 11, 12, 13, 14, *response]
@@ -285,7 +289,7 @@ def test_units_on_the_same_ids_are_one_span() -> None:
     words = np.array([[0, 1], [2, 3], [4, 5], [5, 6]], dtype=np.int32)
     phrases = np.array([[0, 3, 2], [0, 2, 1], [2, 3, 1]])
     units = Units(b"", 6, np.array([0, 4]), words, [""] * 4, phrases, ["VP", "NP", "NP"])
-    example = rollout_example(make_asked(), response, units, CONFIG, tokenizer("byte-level"))
+    example = rollout_example(make_asked(), response, parse_of(response, units), CONFIG)
     assert example.spans["phrase"].tolist() == [[0, 3], [3, 5], [5, 8]]
     assert example.spans["word"].tolist() == [[0, 1], [2, 5], [5, 6], [7, 8]]
 
@@ -294,15 +298,15 @@ def test_the_configured_units_are_chosen() -> None:
     written = "the dog ate"
     response = byte_ids("byte-level", written.encode())
     units = units_of(written, ("NP", "the dog"))
-    every = rollout_example(make_asked(), response, units, UnitConfig(words="all"), tokenizer("byte-level"))
-    none = rollout_example(make_asked(), response, units, UnitConfig(labels=("VP",)), tokenizer("byte-level"))
+    every = rollout_example(make_asked(), response, parse_of(response, units), UnitConfig(words="all"))
+    none = rollout_example(make_asked(), response, parse_of(response, units), UnitConfig(labels=("VP",)))
     assert len(every.spans["word"]) == 2 + 3 and len(every.spans["phrase"]) == 2 + 1
     assert {name: len(spans) for name, spans in none.spans.items()} == {"word": 2, "phrase": 2}
 
 
 def test_without_a_parse_there_are_no_spans() -> None:
     response = byte_ids("byte-level", b"the dog")
-    example = rollout_example(make_asked(), response, None, CONFIG, tokenizer("byte-level"))
+    example = rollout_example(make_asked(), response, None, CONFIG)
     for spans in example.spans.values():
         assert spans.shape == (0, 2) and spans.dtype == np.int32
     assert example.labels.tolist() == [-100] * 5 + response
@@ -311,7 +315,7 @@ def test_without_a_parse_there_are_no_spans() -> None:
 
 def test_an_answer_of_eos_alone() -> None:
     end = tokenizer("byte-level").eos_token_id
-    example = rollout_example(make_asked(), [end], units_of(""), CONFIG, tokenizer("byte-level"))
+    example = rollout_example(make_asked(), [end], parse_of([end], units_of("")), CONFIG)
     assert example.input_ids.tolist() == [10, 11, 12, 13, 14, end]
     assert example.spans["word"].tolist() == [[0, 1], [2, 5]]
     assert example.spans["phrase"].tolist() == [[0, 3], [3, 5]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from support import assert_same_run, run_command, train, write_config
+from support import assert_same_run, plain_losses, run_command, train, write_config
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,7 +18,7 @@ from mta_ds.engine import RunConfig, check
 from mta_ds.engine.setup import prepare_pair, set_seed, switch_dropout_off, teacher_folder
 from mta_ds.errors import UserError
 from mta_ds.losses import MTALoss
-from mta_ds.models import CausalBody, LoraConfig, inject_adapters, load_pretrained, load_tokenizer, ragged
+from mta_ds.models import CausalBody, LoraConfig, inject_adapters, load_pretrained, load_tokenizer
 
 STEPS = 3
 LORA = {"r": 3, "alpha": 7, "dropout": 0.5}
@@ -84,17 +84,7 @@ def plain_loop(config: RunConfig, adapter: Path) -> tuple[list[dict[str, float]]
     rows = []
     for step in range(1, STEPS + 1):
         (batch,) = loader.next_step()
-        states, finals = [], []
-        for body in bodies:
-            seen: dict[int, torch.Tensor] = {}
-            with torch.set_grad_enabled(body is bodies[0]):
-                final = body(batch.input_ids, batch.attention_mask, on_layer=seen.__setitem__)
-                states.append([ragged(hidden, batch.valid) for hidden in seen.values()])
-                finals.append(ragged(final, batch.valid) @ body.head[: pair.vocab_size].T)
-        counted = batch.targets != -100
-        log_q, log_p = (logits[counted].log_softmax(-1) for logits in finals)
-        base_loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        structural, _ = mta(states[0], states[1], batch.cu_seqlens, batch.spans)
+        base_loss, structural, _ = plain_losses(bodies, mta, batch, pair.vocab_size)
         loss = base_loss + structural
         optimizer.zero_grad()
         loss.backward()

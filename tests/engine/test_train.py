@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import assert_same_run, run_command, train, write_config
+from support import assert_same_run, plain_losses, run_command, train, write_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ from mta_ds.data import SpanStore, StepLoader, build_dataset
 from mta_ds.engine import RunConfig
 from mta_ds.engine.setup import prepare_pair, set_seed
 from mta_ds.losses import MTALoss
-from mta_ds.models import CausalBody, load_pretrained, load_tokenizer, ragged
+from mta_ds.models import CausalBody, load_pretrained, load_tokenizer
 
 STEPS = 3
 
@@ -67,18 +67,7 @@ def plain_loop(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, tor
     rows = []
     for step in range(1, STEPS + 1):
         (batch,) = loader.next_step()
-        states: list[list[torch.Tensor]] = []
-        finals = []
-        for body in bodies:
-            seen: dict[int, torch.Tensor] = {}
-            with torch.set_grad_enabled(body is bodies[0]):
-                final = body(batch.input_ids, batch.attention_mask, on_layer=seen.__setitem__)
-                states.append([ragged(hidden, batch.valid) for hidden in seen.values()])
-                finals.append(ragged(final, batch.valid) @ body.head[: pair.vocab_size].T)
-        counted = batch.targets != -100
-        log_q, log_p = (logits[counted].log_softmax(-1) for logits in finals)
-        base = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-        structural, values = mta(states[0], states[1], batch.cu_seqlens, batch.spans)
+        base, structural, values = plain_losses(bodies, mta, batch, pair.vocab_size)
         loss = base + structural
         optimizer.zero_grad()
         loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -24,7 +25,11 @@ def results(*num_rows: int) -> list[Parsed]:
     return [Parsed(pa.table({"record_id": ["x"] * n}), {}) for n in num_rows]
 
 
-def test_a_record_is_done_with_its_last_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_is_done_with_its_last_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(1000.0, 1e-4)  # a machine on which nothing takes a millisecond
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(seconds))
     progress = Progress(tmp_path, 0, 1)
     rows = [record(0, 2), Reject("a:2", "no text", None), record(1, 3), record(2, 1), Reject("a:5", "no text", None)]
     assert list(progress.read(rows)) == rows
