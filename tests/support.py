@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mta_ds.data import Batch
-from mta_ds.losses import MTALoss
+from mta_ds.losses import MTALoss, entropy_weights
 from mta_ds.models import ragged
 from mta_ds.spans.parse import ParseConfig, parse
 
@@ -137,9 +137,13 @@ def plain_losses(bodies, mta: MTALoss, batch: Batch, vocab_size: int) -> tuple[t
             states.append([ragged(hidden, batch.valid) for hidden in seen.values()])
             finals.append(ragged(final, batch.valid) @ body.head[:vocab_size].T)
     counted = batch.targets != -100
-    log_q, log_p = (logits[counted].log_softmax(-1) for logits in finals)
-    base = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    return base, *mta(states[0], states[1], batch.cu_seqlens, batch.spans)
+    log_q, log_p = (logits.log_softmax(-1) for logits in finals)
+    base = (log_p.exp() * (log_p - log_q)).sum(-1)[counted].mean()
+    weights = None
+    if mta.config.teacher_weights == "entropy":
+        weights = entropy_weights(-(log_p.exp() * log_p).sum(-1), vocab_size, batch.cu_seqlens)
+        states[1] = [hidden.bfloat16().float() for hidden in states[1]]  # as the engine keeps them until then
+    return base, *mta(states[0], states[1], batch.cu_seqlens, batch.spans, teacher_weights=weights)
 
 
 def gpt2_backend() -> Tokenizer:

@@ -115,7 +115,10 @@ class Distiller(nn.Module):
                 base.align(layer, hidden, teacher)
 
             final = teacher.run(batch, on_key_layer)
-        return combine(base.finish(final, teacher), structural, counts)
+        base_loss = base.finish(final, teacher)
+        if structural.awaits_entropy and final is not None and teacher is not None:
+            structural.align_kept(base.teacher_weights(final, teacher))
+        return combine(base_loss, structural, counts)
 
     def run_student(self, batch: Batch) -> StudentStates:
         """Final state and key layers of the student, in the graph."""
@@ -138,6 +141,7 @@ class Distiller(nn.Module):
             batch.rejected,
             counts,
             self.student.norm,
+            keep_entropy=self.mta is not None and self.mta.teacher_weights == "entropy",
         )
 
     def prepare_teacher(self, teacher: StreamingTeacher) -> None:
@@ -177,12 +181,37 @@ class StructuralLoss:
             layer.teacher: (layer, weight)
             for layer, weight in zip(distiller.key_layers, distiller.projection_weights, strict=True)
         }
+        self._kept: dict[int, Tensor] = {}
         self._gradients: dict[int, LayerGradients] = {}
+
+    @property
+    def awaits_entropy(self) -> bool:
+        """Whether the teacher's token weights are known only when its last layer is through both heads."""
+        return self.config is not None and self.config.teacher_weights == "entropy"
 
     def align(self, teacher_layer: int, hidden: Tensor) -> None:
         """The teacher emits a key layer [n, d_T]: compute its losses with their gradients, and let the state go."""
-        if self.config is None or teacher_layer not in self._pairs:  # a key layer of the method's alone
+        if teacher_layer not in self._pairs:  # a key layer of the method's alone
             return
+        if self.awaits_entropy:  # ... but not yet: what will be read of it stays
+            self._kept[teacher_layer] = hidden.index_select(0, self._covered(teacher_layer)).bfloat16()
+            return
+        self._align(teacher_layer, hidden)
+
+    def align_kept(self, weights: Tensor) -> None:
+        """Align all key layers, now that the teacher's token weights [n] are known."""
+        for teacher_layer, kept in self._kept.items():
+            dtype = self._student.key_layers[self._pairs[teacher_layer][0].student].dtype
+            hidden = kept.new_zeros(len(weights), kept.shape[1], dtype=dtype)
+            self._align(teacher_layer, hidden.index_copy_(0, self._covered(teacher_layer), kept.to(dtype)), weights)
+        self._kept.clear()
+
+    def _covered(self, teacher_layer: int) -> Tensor:
+        granularity = self._pairs[teacher_layer][0].granularity
+        return self._layouts[granularity].members.on("covered", self._student.final.device)
+
+    def _align(self, teacher_layer: int, hidden: Tensor, weights: Tensor | None = None) -> None:
+        assert self.config is not None  # there are no key layers without it
         layer, projection = self._pairs[teacher_layer]
         self._gradients[teacher_layer] = align_layer(
             self._student.key_layers[layer.student],
@@ -191,6 +220,7 @@ class StructuralLoss:
             self._layouts[layer.granularity],
             self.config.reduction,
             self.config.student_weights,
+            weights,
         )
 
     def attach(self) -> tuple[Tensor, dict[str, Tensor]]:

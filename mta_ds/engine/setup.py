@@ -324,7 +324,8 @@ def make_epoch_pairs(config: RunConfig, pair: Pair, engine: Any, teacher: Stream
 
 def make_teacher(config: RunConfig, pair: Pair) -> StreamingTeacher | None:
     """The teacher's engine, or None for a run that reads neither its logits nor its layers (plain SFT)."""
-    needs_final = pair.method.divergence.needs_teacher or bool(config.data.validation)
+    by_entropy = config.mta is not None and config.mta.teacher_weights == "entropy"
+    needs_final = pair.method.divergence.needs_teacher or by_entropy or bool(config.data.validation)
     layers = sorted({layer.teacher for layer in pair.key_layers} | set(pair.method.key_layers))
     if not needs_final and not layers:
         return None

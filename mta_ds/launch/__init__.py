@@ -1,1 +1,1 @@
-"""Start work elsewhere: local ranks today, SLURM jobs beside them."""
+"""Starting ranks: on this machine (local), or on a Slurm cluster (scripts, slurm, pipeline)."""

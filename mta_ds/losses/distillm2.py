@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mta_ds.config import Section
 from mta_ds.losses.method import BaseLoss, Method, MicroStep, Teacher
-from mta_ds.ops import IGNORED, Divergence, HeadGradient, label_log_probs, linear_divergence
+from mta_ds.ops import IGNORED, Divergence, HeadGradient, label_log_probs
 
 _SMALLEST_ALPHA = 0.01
 
@@ -109,14 +109,12 @@ class PairLoss(BaseLoss):
         for half, divergence, weight in halves:
             targets, weights = half_of(micro, half == "rejected")
             alphas = self._alphas(half, targets, final, teacher, shares)
-            sums = linear_divergence(
-                micro.final,
-                micro.head,
+            sums = self.compare(
                 final,
                 teacher.head(),
                 targets,
                 divergence,
-                weights,
+                weights=weights,
                 alphas=alphas,
                 factor=weight * counts.scale / pairs,
                 head_gradient=head_gradient,

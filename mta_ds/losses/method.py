@@ -10,14 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from mta_ds.config import Section
 from mta_ds.losses.divergences import DivergenceConfig, describe, make_divergence
-from mta_ds.ops import Divergence, HeadGradient, linear_divergence
+from mta_ds.ops import (
+    IGNORED,
+    Divergence,
+    HeadGradient,
+    LinearDivergence,
+    entropy_weights,
+    linear_divergence,
+    token_entropy,
+)
+from mta_ds.ops.layout import beside
 
 
 class Source(Enum):
@@ -106,6 +116,8 @@ class MicroStep(NamedTuple):
     counts: StepCounts
     norm: Callable[[Tensor], Tensor]
     """The student's final norm."""
+    keep_entropy: bool = False
+    """Whether :meth:`BaseLoss.teacher_weights` will be asked for."""
 
 
 class Teacher(Protocol):
@@ -124,6 +136,7 @@ class BaseLoss:
     def __init__(self, micro: MicroStep, divergence: Divergence) -> None:
         self.micro = micro
         self.divergence = divergence
+        self._entropies: list[tuple[Tensor, Tensor]] = []  # (where [m], the teacher's entropies there [m])
 
     def align(self, teacher_layer: int, hidden: Tensor, teacher: Teacher) -> None:
         """The teacher emits a key layer [n, d_T]; only a method that compares layers looks at it."""
@@ -142,9 +155,7 @@ class BaseLoss:
     ) -> Tensor:
         """The divergence at the final layer, token mean over the step; full logits never exist."""
         counts, read_teacher = self.micro.counts, teacher is not None and self.divergence.needs_teacher
-        return linear_divergence(
-            self.micro.final,
-            self.micro.head,
+        return self.compare(
             final if read_teacher else None,
             teacher.head() if read_teacher and teacher is not None else None,
             self.micro.targets,
@@ -152,6 +163,35 @@ class BaseLoss:
             factor=counts.scale / max(1, counts.tokens),
             head_gradient=head_gradient,
         ).loss
+
+    def compare(
+        self, final: Tensor | None, head: Tensor | None, targets: Tensor, divergence: Divergence, **options: Any
+    ) -> LinearDivergence:
+        """:func:`linear_divergence` of the micro-step; remembers the teacher's entropies that its pass gives."""
+        keep = self.micro.keep_entropy and final is not None
+        sums = linear_divergence(
+            self.micro.final, self.micro.head, final, head, targets, divergence, teacher_entropy=keep, **options
+        )
+        if sums.entropy is not None:
+            self._entropies.append(((targets != IGNORED).nonzero()[:, 0], sums.entropy))
+        return sums
+
+    @torch.no_grad()
+    def teacher_weights(self, final: Tensor, teacher: Teacher) -> Tensor:
+        """Token weights [n] of how sure the teacher is, after :meth:`finish`.
+
+        Where a label stands, the entropy comes from the loss's own pass; the other tokens go through the head here.
+        """
+        rest = torch.ones(len(final), dtype=torch.bool)
+        for known, _ in self._entropies:
+            rest[known] = False
+        others = rest.nonzero()[:, 0]
+        hidden, head = final.index_select(0, beside(others, final.device)), teacher.head()
+        vocab_size = len(head[: self.divergence.vocab_size])
+        parts = [*self._entropies, (others, token_entropy(hidden, head, vocab_size))]
+        order = torch.cat([places for places, _ in parts]).argsort()
+        entropies = torch.cat([values for _, values in parts])[beside(order, final.device)]
+        return entropy_weights(entropies, vocab_size, self.micro.cu_seqlens)
 
 
 class Method:

@@ -30,6 +30,10 @@ class MTAConfig(KeyLayerOptions):
     over accumulation steps; ``paper`` sums over spans and sums Hid over layers."""
     student_weights: Literal["own", "teacher"] = "own"
     """Token weights that pool the student's spans: its own, detached (released code), or the teacher's."""
+    teacher_weights: Literal["attention", "entropy"] = "attention"
+    """The teacher's token weights: attention received among the layer's states, or 1 - H/log|V|, how sure the teacher
+    is of the next token: the same at all key layers, and known only at the end, so that the teacher's states of covered
+    tokens are kept until then, in bfloat16."""
     num_word_layers: int = Field(default=1, ge=0)
     """Key layers, from the lowest, that align words; the others align phrases."""
     projection_lr: float = Field(default=5e-4, gt=0)
@@ -139,6 +143,7 @@ class MTALoss(nn.Module):
         cu_seqlens: Tensor,
         spans: Mapping[str, Spans],
         counts: GlobalCounts | None = None,
+        teacher_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and of each layer i the unweighted "dsa/i" and "hid/i" and :func:`non_finite`'s alarms (detached).
 
@@ -150,6 +155,7 @@ class MTALoss(nn.Module):
             counts: of the whole optimizer step, when this batch is a part of it; the results are then this part's
                 shares and add up over ranks and micro-steps. ``micro_comparable`` is this batch's own: the DSA of
                 ``weighted_mean`` becomes the mean of the parts' ratios. Without counts, the batch is the step.
+            teacher_weights: [n], of :func:`mta_ds.ops.entropy_weights`, for a config with ``teacher_weights: entropy``.
 
         Raises:
             ValueError: layers or spans that are missing, shapes that do not fit, or, on a CPU, a NaN or Inf; on a GPU
@@ -159,6 +165,8 @@ class MTALoss(nn.Module):
             raise ValueError(f"student, teacher: want one for each of the {len(self.projections)} key layers")
         if missing := set(self.granularities) - set(spans):
             raise ValueError(f"spans: want those of {', '.join(sorted(missing))} too")
+        if (self.config.teacher_weights == "entropy") != (teacher_weights is not None):
+            raise ValueError("teacher_weights: want entropy_weights(...) with 'teacher_weights: entropy', else none")
         counts = counts or count_sequences({name: spans[name] for name in self.granularities})
         layouts = {
             name: SpanLayout(cu_seqlens, spans[name].ranges, spans[name].cu_spans) for name in set(self.granularities)
@@ -168,7 +176,13 @@ class MTALoss(nn.Module):
         values: dict[str, Tensor] = {}
         for i, (name, projection) in enumerate(zip(self.granularities, self.parameters(), strict=True)):
             gradients = align_layer(
-                student[i], teacher[i], projection, layouts[name], self.config.reduction, self.config.student_weights
+                student[i],
+                teacher[i],
+                projection,
+                layouts[name],
+                self.config.reduction,
+                self.config.student_weights,
+                teacher_weights,
             )
             terms = attach(student[i], projection, gradients)
             alarms = non_finite(terms, i, i)

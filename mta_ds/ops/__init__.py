@@ -11,10 +11,16 @@ from mta_ds.ops.head_gradient import HeadGradient
 from mta_ds.ops.hid import hid
 from mta_ds.ops.key_layer import LayerGradients, LayerTerms, align_layer, attach
 from mta_ds.ops.layout import SpanLayout
-from mta_ds.ops.linear_divergence import IGNORED, LinearDivergence, label_log_probs, linear_divergence
+from mta_ds.ops.linear_divergence import (
+    IGNORED,
+    LinearDivergence,
+    label_log_probs,
+    linear_divergence,
+    token_entropy,
+)
 from mta_ds.ops.reference import covered_tokens
 from mta_ds.ops.span_pool import normalise_within, span_pool, span_weights
-from mta_ds.ops.token_weights import token_weights
+from mta_ds.ops.token_weights import entropy_weights, token_weights
 from mta_ds.ops.trajectory import TrajectoryGradients, align_trajectory, attach_trajectory
 
 __all__ = [
@@ -34,11 +40,13 @@ __all__ = [
     "covered_tokens",
     "divergence_values",
     "dsa",
+    "entropy_weights",
     "hid",
     "label_log_probs",
     "linear_divergence",
     "normalise_within",
     "span_pool",
     "span_weights",
+    "token_entropy",
     "token_weights",
 ]

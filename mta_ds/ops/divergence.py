@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from mta_ds.ops.layout import row_blocks
 
 # Rows are taken through all their passes a few at a time, so that what one pass writes the next finds in the cache.
 _BLOCK_BYTES = 2 << 20
@@ -121,10 +124,7 @@ def divergence_rows(
         gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
         alphas: [m], α of each row, in the logits' dtype; None: the divergence's own.
     """
-    block_bytes = _GPU_BLOCK_BYTES if student.is_cuda else _BLOCK_BYTES
-    block = max(1, block_bytes // (student.shape[1] * student.element_size()))
-    for first in range(0, len(student), block):
-        part = slice(first, first + block)
+    for part in _blocks(student):
         _block(
             log_softmax_(student[part]),
             None if teacher is None else log_softmax_(teacher[part]),
@@ -135,6 +135,22 @@ def divergence_rows(
             None if gradient is None else gradient[part],
             None if alphas is None else alphas[part],
         )
+
+
+def entropy_rows(logits: Tensor, entropy: Tensor) -> None:
+    """Fill ``entropy`` [m] from fp32 or fp64 logits [m, V], which are overwritten."""
+    for part in _blocks(logits):
+        _entropy(log_softmax_(logits[part]), entropy[part])
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """A few rows of [m, V] at a time."""
+    block_bytes = _GPU_BLOCK_BYTES if logits.is_cuda else _BLOCK_BYTES
+    return row_blocks(len(logits), block_bytes // (logits.shape[1] * logits.element_size()))
+
+
+def _entropy(log_p: Tensor, out: Tensor) -> None:
+    torch.neg(_dot(log_p.exp(), log_p), out=out)
 
 
 def _block(
@@ -150,7 +166,7 @@ def _block(
     """``divergence_rows`` from log-probabilities; overwrites both."""
     torch.neg(log_q.gather(1, targets[:, None])[:, 0], out=values[1])
     if log_p is not None and len(values) == 3:
-        torch.neg(_dot(log_p.exp(), log_p), out=values[2])
+        _entropy(log_p, values[2])
     ratio = divergence.divergence_ratio
     slope = None
     if log_p is None or divergence.name == "sft":

@@ -100,7 +100,7 @@ def check_student(student: Tensor, head: Tensor, vocab_size: int | None) -> None
     Raises:
         ValueError: they are not, or the head has fewer rows than ``vocab_size``.
     """
-    _check_side("student", student, head, vocab_size)
+    check_side("student", "student_head", student, head, vocab_size)
     check_together(student=student, student_head=head)
 
 
@@ -112,7 +112,7 @@ def check_teacher_side(
     Raises:
         ValueError: it is not so.
     """
-    _check_side("teacher", teacher, teacher_head, vocab_size)
+    check_side("teacher", "teacher_head", teacher, teacher_head, vocab_size)
     if len(teacher) != len(student):
         raise ValueError(f"teacher: want {len(student)} positions as the student has, got {len(teacher)}")
     if total_dtype(teacher) != total_dtype(student):
@@ -125,12 +125,13 @@ def check_teacher_side(
         raise ValueError(f"vocab_size: the heads have {sizes} rows; say how many ids mean something")
 
 
-def _check_side(side: str, hidden: Tensor, head: Tensor, vocab_size: int | None) -> None:
+def check_side(name: str, head_name: str, hidden: Tensor, head: Tensor, vocab_size: int | None) -> None:
+    """States [n, d] and head [V, d] of one dtype; ValueError that names either if they are not."""
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
-            f"{side} and {side}_head: want [n, d] and [V, d], got {list(hidden.shape)}, {list(head.shape)}"
+            f"{name} and {head_name}: want [n, d] and [V, d], got {list(hidden.shape)}, {list(head.shape)}"
         )
     if hidden.dtype != head.dtype or not hidden.is_floating_point():
-        raise ValueError(f"{side} and {side}_head: want one floating dtype, got {hidden.dtype} and {head.dtype}")
+        raise ValueError(f"{name} and {head_name}: want one floating dtype, got {hidden.dtype} and {head.dtype}")
     if vocab_size is not None and len(head) < vocab_size:
-        raise ValueError(f"{side}_head: {len(head)} rows, fewer than vocab_size {vocab_size}")
+        raise ValueError(f"{head_name}: {len(head)} rows, fewer than vocab_size {vocab_size}")

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_rows, check_together
+from mta_ds.ops.arguments import check_rows, check_together, check_vector
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.dsa import align
 from mta_ds.ops.hid import Projector
@@ -71,6 +71,7 @@ def align_layer(
     layout: SpanLayout,
     reduction: Reduction = "sequence_mean",
     student_weights: Literal["own", "teacher"] = "own",
+    teacher_weights: Tensor | None = None,
 ) -> LayerGradients:
     """DSA and Hid of one key layer (MTA eqs. 5-13) and the gradients of both sums; nothing of the teacher is kept.
 
@@ -81,11 +82,13 @@ def align_layer(
         layout: the spans of the layer's granularity.
         reduction: whether X_b is divided by Z_b and Hid's weights are renormalised, see :class:`LayerTerms`.
         student_weights: whose token weights pool the student's spans.
+        teacher_weights: [n], the teacher's token weights instead of those that its states here would give, as
+            :func:`entropy_weights` makes them; only states of covered tokens are read from the teacher then.
 
     Raises:
         ValueError: shapes or devices that do not fit, or a teacher that requires grad.
     """
-    _check(student, teacher, projection, layout)
+    _check(student, teacher, projection, layout, teacher_weights)
     members = layout.members
     projector = Projector(projection, student.dtype, len(members.covered))
     zero = accumulating(projection.new_zeros(()))
@@ -99,7 +102,16 @@ def align_layer(
         hid_projection=projection,
     )
     parts = [
-        _align_group(student[group.tokens], teacher[group.tokens], projector, group, found, reduction, student_weights)
+        _align_group(
+            student[group.tokens],
+            teacher[group.tokens],
+            projector,
+            group,
+            found,
+            reduction,
+            student_weights,
+            None if teacher_weights is None else accumulating(teacher_weights[group.tokens]),
+        )
         for group in layout.groups(_tokens_at_once(student))
     ]
     found = found._replace(hid_projection=projector.gradient().to(projection.dtype))
@@ -117,12 +129,14 @@ def _align_group(
     found: LayerGradients,
     reduction: Reduction,
     student_weights: Literal["own", "teacher"],
+    weights: Tensor | None,
 ) -> LayerTerms:
     """The terms of some whole sequences; their gradients go to their places in ``found``."""
     layout, members, narrow = group.layout, group.layout.members, student
     if backend_of(student) == "torch":  # once for all ops; kernels do it in registers
         student, teacher = accumulating(student), accumulating(teacher)
-    weights = token_weights(teacher, layout.cu_seqlens)
+    given = weights is not None
+    weights = token_weights(teacher, layout.cu_seqlens) if weights is None else weights
     own = weights if student_weights == "teacher" else token_weights(student, layout.cu_seqlens)
     found.pool_weights[group.tokens] = own
     x, normaliser = _align_spans(pool(student, own, members), pool(teacher, weights, members), group, found, reduction)
@@ -132,7 +146,8 @@ def _align_group(
         covered_weights = normalise_within(covered_weights, layout.cu_covered, layout.covered_owner)
     tokens = None if len(covered) == len(student) else covered
     hid = projector.project(narrow, teacher, covered_weights, tokens, found.hid_tokens[group.covered])
-    return LayerTerms(x, normaliser, hid, _finite(own, weights, x, hid))
+    seen = teacher if given else weights
+    return LayerTerms(x, normaliser, hid, _finite(own, seen, own is weights, x + hid))
 
 
 def _align_spans(
@@ -152,11 +167,17 @@ def _align_spans(
     return x.sum(), normalisers.sum()
 
 
-def _finite(own: Tensor, weights: Tensor, x: Tensor, hid: Tensor) -> Tensor:
-    """Whether the student's and the teacher's states are: seen in their weights or, where shared, in the loss."""
-    teacher = weights.sum().isfinite()
-    student = own.sum().isfinite() if own is not weights else (x + hid).isfinite() | ~teacher
-    return torch.stack([student, teacher]).to(weights.dtype)
+def _finite(own: Tensor, theirs: Tensor, shared: bool, loss: Tensor) -> Tensor:
+    """Whether the student's and the teacher's states are: seen in what comes of them, their weights for one.
+
+    Args:
+        own: the token weights that pooled the student's spans.
+        theirs: the teacher's token weights, or its states where its weights come from elsewhere.
+        shared: whether ``own`` does not depend on the student; then the loss does.
+    """
+    teacher = theirs.sum().isfinite()
+    student = loss.isfinite() | ~teacher if shared else own.sum().isfinite()
+    return torch.stack([student, teacher]).to(own.dtype)
 
 
 def attach(student: Tensor, projection: Tensor, gradients: LayerGradients) -> LayerTerms:
@@ -203,7 +224,7 @@ def _tokens_at_once(tensor: Tensor) -> int:
     return _GPU_TOKENS if tensor.is_cuda else _CPU_TOKENS
 
 
-def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout) -> None:
+def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout, weights: Tensor | None) -> None:
     check_rows("student", student, layout.num_tokens)
     check_rows("teacher", teacher, layout.num_tokens)
     if teacher.requires_grad:
@@ -212,3 +233,5 @@ def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLay
     if projection.shape != (teacher.shape[1], student.shape[1]):
         raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
     check_together(student=student, teacher=teacher, projection=projection)
+    if weights is not None:
+        check_vector("teacher_weights", weights, layout.num_tokens)

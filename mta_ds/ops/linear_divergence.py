@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_teacher, check_vector
+from mta_ds.ops.arguments import check_teacher, check_together, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.divergence import Divergence, divergence_rows
+from mta_ds.ops.divergence import Divergence, divergence_rows, entropy_rows
 from mta_ds.ops.head_gradient import HeadGradient
 from mta_ds.ops.heads import (
     add_head_gradient,
+    check_side,
     check_student,
     check_teacher_side,
     chunk_tokens,
@@ -140,6 +141,31 @@ def label_log_probs(
         part = slice(first, first + size)
         _chunk(logits_of(hidden[part], head), None, labels[part], None, None, sft, values[:, part], None)
     return values[1].neg_()
+
+
+@torch.no_grad()
+def token_entropy(
+    hidden: Tensor, head: Tensor, vocab_size: int | None = None, chunk_bytes: int | None = None
+) -> Tensor:
+    """The entropy in nats of each token's next-token distribution, [n] in fp32 (float64 stays); no gradient.
+
+    Args:
+        hidden, head: final hidden states [n, d] and the LM head [V, d], of one dtype.
+        vocab_size: rows of the head that mean something; None: all.
+        chunk_bytes: memory for the logits of one chunk of tokens.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    check_side("hidden", "head", hidden, head, vocab_size)
+    check_together(hidden=hidden, head=head)
+    head = head[:vocab_size]
+    entropy = hidden.new_empty(len(hidden), dtype=total_dtype(hidden))
+    size = chunk_tokens(len(head), hidden, chunk_bytes)
+    for first in range(0, len(hidden), size):
+        part = slice(first, first + size)
+        entropy_rows(logits_of(hidden[part], head), entropy[part])
+    return entropy
 
 
 class _Options(NamedTuple):

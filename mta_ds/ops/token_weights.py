@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_bounds, check_rows
+from mta_ds.ops.arguments import check_bounds, check_rows, check_vector
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.layout import row_blocks, runs
 from mta_ds.ops.products import accumulating, gram
 from mta_ds.ops.reference import STD_EPSILON
+from mta_ds.ops.span_pool import normalise_within
 
 # Scores of a CPU at once, 2 MB in fp32, and tokens that are centred at once.
 _BLOCK_SCORES = 1 << 19
@@ -41,6 +44,29 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     for _, run in runs(cu_seqlens, _BLOCK_SCORES):
         weights[run.rows] = _attention_received(accumulating(run.of(hidden))).view(-1)
     return weights
+
+
+@torch.no_grad()
+def entropy_weights(entropies: Tensor, vocab_size: int, cu_seqlens: Tensor) -> Tensor:
+    """Token weights of how sure the teacher is: 1 - H(p_t) / log|V|, renormalised in each sequence (METHOD §6).
+
+    Args:
+        entropies: H(p_t) in nats of each token's next-token distribution [n], of the teacher.
+        vocab_size: |V|, over which the distributions are.
+        cu_seqlens: int64 [B + 1] on the CPU.
+
+    Returns:
+        [n] in fp32 (float64 stays), summing to 1 in each sequence; zeros where all its distributions are uniform.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a vocabulary of less than two.
+    """
+    check_vector("entropies", entropies, len(entropies))
+    check_bounds("cu_seqlens", cu_seqlens, len(entropies))
+    if vocab_size < 2:
+        raise ValueError(f"vocab_size: want at least 2, got {vocab_size}")
+    sure = (1 - accumulating(entropies) / math.log(vocab_size)).clamp_min_(0)
+    return normalise_within(sure, cu_seqlens)
 
 
 def _attention_received(hidden: Tensor) -> Tensor:

@@ -84,8 +84,17 @@ def plain_loop(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, tor
     return rows, student.state_dict()
 
 
-def test_engine_equals_a_plain_loop(pair: Path, one_rank, tmp_path: Path) -> None:
-    run_dir, metrics, weights = one_rank
+def test_engine_equals_a_plain_loop(one_rank) -> None:
+    assert_equals_a_plain_loop(*one_rank)
+
+
+def test_two_ranks_with_the_teachers_entropy_equal_a_plain_loop(pair: Path, tmp_path: Path) -> None:
+    by_entropy = {"mta__teacher_weights": "entropy", "mta__student_weights": "teacher"}
+    run = train(pair, tmp_path, 2, **by_entropy, train__micro_batch_size=2)
+    assert_equals_a_plain_loop(tmp_path, *run)
+
+
+def assert_equals_a_plain_loop(run_dir: Path, metrics: list[dict[str, float]], weights: dict) -> None:
     rows, expected = plain_loop(load(run_dir / "run.yaml", RunConfig))
     logged = [row for row in metrics if "loss" in row]
     assert len(logged) == STEPS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from mta_ds.losses import (
     attach,
     count_sequences,
     dsa_scale,
+    entropy_weights,
     hid_scale,
     layer_weights,
 )
@@ -99,12 +101,12 @@ def weights_by_loops(hidden):
     return weights
 
 
-def layer_by_loops(batch, projection, config):
+def layer_by_loops(batch, projection, config, given=None):
     """(L_DSA numerator, Σ Z, L_Hid numerator) of the batch, sequence by sequence, span pair by span pair."""
     dsa = hid = normaliser = 0.0 * batch.student.sum()
     for b, (first, last) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         ours, theirs = batch.student[first:last], batch.teacher[first:last]
-        teacher_weights = weights_by_loops(theirs)
+        teacher_weights = weights_by_loops(theirs) if given is None else given[first:last].tolist()
         own = teacher_weights if config.student_weights == "teacher" else weights_by_loops(ours.detach())
         spans = (batch.spans.ranges[batch.spans.cu_spans[b] : batch.spans.cu_spans[b + 1]] - first).tolist()
 
@@ -341,6 +343,28 @@ def test_mta_loss_combines_layers(reduction):
     torch.testing.assert_close(total, expected)
     inputs = {f"student.{i}": s for i, s in enumerate(student)} | dict(loss.named_parameters())
     assert_same(grads([total], inputs), grads([expected], inputs))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.reduction}-{c.student_weights}")
+def test_mta_loss_with_the_teachers_entropy(config):
+    config = config.model_copy(update={"teacher_weights": "entropy"})
+    batch = random_batch(23, (7, 1, 4))
+    entropies = math.log(50) * torch.rand(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sure = [1 - h / math.log(50) for h in entropies.tolist()]
+    weights = [w / sum(sure[a:z]) for a, z in pairwise(batch.cu_seqlens.tolist()) for w in sure[a:z]]
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["word"], config).double()
+    inputs = {"student": batch.student.requires_grad_()} | dict(loss.named_parameters())
+    given = entropy_weights(entropies, 50, batch.cu_seqlens)
+    arguments = [batch.student], [batch.teacher], batch.cu_seqlens, {"word": batch.spans}
+    total, _ = loss(*arguments, teacher_weights=given)
+    dsa, normaliser, hid = layer_by_loops(batch, loss.projections[0].weight, config, torch.tensor(weights).double())
+    per_sequence = batch.spans.cu_spans.diff()
+    covered, comparable = int((per_sequence >= 1).sum()), int((per_sequence >= 2).sum())
+    dsa = dsa / {"sequence_mean": comparable, "weighted_mean": normaliser, "paper": 3}[config.reduction]
+    expected = 2.0 * dsa + 0.2 * hid / (3 if config.reduction == "paper" else covered)
+    assert_same(grads([total], inputs), grads([expected], inputs), rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="teacher_weights: want entropy_weights"):
+        loss(*arguments)
 
 
 def test_mta_loss_of_a_part_is_its_share():

@@ -16,9 +16,9 @@ CU_SEQLENS = bounds(LENGTHS)
 SPANS, CU_SPANS = random_spans(LENGTHS, COUNTS)
 
 
-def by_reference(student, teacher, projection, reduction, student_weights):
+def by_reference(student, teacher, projection, reduction, student_weights, weights=None):
     """The layer's two sums, op by op."""
-    weights = reference.token_weights(teacher, CU_SEQLENS)
+    weights = reference.token_weights(teacher, CU_SEQLENS) if weights is None else weights.double()
     own = weights if student_weights == "teacher" else reference.token_weights(student, CU_SEQLENS)
     x, z = reference.dsa(
         reference.span_pool(student, own, SPANS),
@@ -35,17 +35,17 @@ def by_reference(student, teacher, projection, reduction, student_weights):
     return [x.sum(), reference.hid(student[tokens], projection, teacher[tokens], covered)]
 
 
-def check(dtype, reduction="sequence_mean", student_weights="own", tolerance=None):
+def check(dtype, reduction="sequence_mean", student_weights="own", tolerance=None, weights=None):
     teacher = random(sum(LENGTHS), 24, seed=1, dtype=dtype)
     layout = SpanLayout(CU_SEQLENS, SPANS, CU_SPANS)
 
     def fused(student, projection):
-        gradients = align_layer(student, teacher, projection, layout, reduction, student_weights)
+        gradients = align_layer(student, teacher, projection, layout, reduction, student_weights, weights)
         terms = attach(student, projection, gradients)
         return [terms.dsa, terms.hid]
 
     def expected(student, projection):
-        return by_reference(student, teacher.double(), projection, reduction, student_weights)
+        return by_reference(student, teacher.double(), projection, reduction, student_weights, weights)
 
     inputs = {
         "student": random(sum(LENGTHS), 10, dtype=dtype),
@@ -65,6 +65,25 @@ def test_equals_the_reference(backend, dtype):
 def test_groups_reductions_and_weights(monkeypatch, reduction, student_weights, group):
     monkeypatch.setattr(key_layer, "_CPU_TOKENS", group)
     check(torch.float64, reduction, student_weights)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "weighted_mean", "paper"])
+@pytest.mark.parametrize("student_weights", ["own", "teacher"])
+def test_the_teachers_weights_may_come_from_elsewhere(backend, monkeypatch, reduction, student_weights):
+    monkeypatch.setattr(key_layer, "_CPU_TOKENS", 75)
+    weights = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(5))
+    check(torch.float32, reduction, student_weights, weights=weights)
+
+
+def test_of_the_teacher_covered_tokens_alone_are_read_beside_given_weights():
+    layout, weights = SpanLayout(CU_SEQLENS, SPANS, CU_SPANS), torch.rand(sum(LENGTHS))
+    student, teacher, projection = random(sum(LENGTHS), 6), random(sum(LENGTHS), 8, seed=1), random(8, 6, seed=2)
+    blank = torch.zeros_like(teacher)
+    blank[layout.members.covered] = teacher[layout.members.covered]
+    assert not torch.equal(blank, teacher)
+    both = [align_layer(student, each, projection, layout, teacher_weights=weights) for each in (teacher, blank)]
+    for whole, covered in zip((*both[0].terms, *both[0][2:]), (*both[1].terms, *both[1][2:]), strict=True):
+        assert torch.equal(whole, covered)
 
 
 def test_what_is_kept_is_the_students_alone():
@@ -95,6 +114,18 @@ def test_whose_state_is_not_finite_is_told(backend, student_weights, row, bad):
         assert terms.finite.tolist() == [float("student" not in broken), float("teacher" not in broken)]
 
 
+@pytest.mark.parametrize("student_weights", ["own", "teacher"])
+def test_whose_state_is_not_finite_is_told_beside_given_weights(student_weights):
+    layout, row = SpanLayout(CU_SEQLENS, SPANS, CU_SPANS), int(SPANS[0, 0])
+    student, teacher, weights = random(sum(LENGTHS), 6), random(sum(LENGTHS), 6, seed=1), torch.ones(sum(LENGTHS))
+    teacher[row, 2] = torch.inf
+    terms = align_layer(student, teacher, torch.eye(6), layout, "paper", student_weights, weights).terms
+    assert terms.finite.tolist() == [1.0, 0.0]
+    student[row, 2], teacher[row, 2] = torch.inf, 0.0
+    terms = align_layer(student, teacher, torch.eye(6), layout, "paper", student_weights, weights).terms
+    assert terms.finite.tolist() == [0.0, 1.0]
+
+
 def test_wrong_arguments_are_named():
     layout = SpanLayout(CU_SEQLENS, SPANS, CU_SPANS)
     student, teacher, projection = random(sum(LENGTHS), 4), random(sum(LENGTHS), 6), random(6, 4)
@@ -104,6 +135,7 @@ def test_wrong_arguments_are_named():
         ({"teacher": teacher.clone().requires_grad_()}, "teacher: must not require grad"),
         ({"projection": projection.T}, r"projection: want \[6, 4\], got \[4, 6\]"),
         ({"projection": projection.to("meta")}, "projection: want it on cpu as student is, got meta"),
+        ({"teacher_weights": torch.ones(3)}, r"teacher_weights: want floating \[151\]"),
     ):
         with pytest.raises(ValueError, match=message):
             align_layer(**({"student": student, "teacher": teacher, "projection": projection} | change), layout=layout)

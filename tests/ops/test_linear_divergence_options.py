@@ -20,7 +20,7 @@ from divergence_cases import (
 )
 from op_cases import random
 
-from mta_ds.ops import Divergence, HeadGradient, label_log_probs, linear_divergence
+from mta_ds.ops import Divergence, HeadGradient, label_log_probs, linear_divergence, token_entropy
 
 DETACHED = Divergence("srkl", detach_mixture=True, kd_ratio=0.6)
 
@@ -119,3 +119,17 @@ def test_log_probabilities_of_the_labels(small, inputs):
     assert label_log_probs(inputs["teacher"], inputs["teacher_head"], nothing).shape == (0,)
     with pytest.raises(ValueError, match="targets: want -100 or 0 <= target < 5 rows"):
         label_log_probs(inputs["student"], inputs["student_head"], inputs["targets"], 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_entropy_of_every_token(small, dtype):
+    inputs = sized(N, VOCAB, dtype)
+    hidden, head = inputs["teacher"] * 3, inputs["teacher_head"]
+    got = token_entropy(hidden, head, VOCAB, **small)
+    log_p = (hidden.double() @ head[:VOCAB].double().T).log_softmax(-1)
+    want = torch.stack([-sum(row.exp() * row) for row in log_p])
+    assert got.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert token_entropy(hidden[:0], head).shape == (0,)
+    with pytest.raises(ValueError, match="head: 5 rows, fewer"):
+        token_entropy(hidden, head[:5], VOCAB)

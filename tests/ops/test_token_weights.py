@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
 from op_cases import LENGTHS, assert_matches, bounds, random
 
-from mta_ds.ops import reference, token_weights
+from mta_ds.ops import entropy_weights, reference, token_weights
 
 CU_SEQLENS = bounds(LENGTHS)
 
@@ -74,3 +75,16 @@ def test_wrong_arguments_are_named():
             token_weights(hidden, cu)
     with pytest.raises(ValueError, match="hidden: want a floating matrix"):
         token_weights(hidden.long(), torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_of_how_sure_the_teacher_is(dtype):
+    entropies = torch.tensor([0.0, math.log(7), 1.0, 0.5, math.log(7), 1e-3], dtype=dtype)
+    got = entropy_weights(entropies, 7, torch.tensor([0, 3, 3, 4, 5, 6]))
+    sure = [1.0, 0.0, 1 - 1 / math.log(7)]
+    want = [*(w / sum(sure) for w in sure), 1.0, 0.0, 1.0]  # a sequence of uniform distributions alone: exact zeros
+    torch.testing.assert_close(got, torch.tensor(want, dtype=dtype), rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="vocab_size: want at least 2"):
+        entropy_weights(entropies, 1, torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        entropy_weights(entropies, 7, torch.tensor([0, 5]))
