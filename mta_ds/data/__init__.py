@@ -3,7 +3,7 @@
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Batch, Counts, Example, Spans, collate, total
 from mta_ds.data.dataset import DatasetSummary, EncodedDataset, build_dataset
 from mta_ds.data.encode import DataConfig, Dropped, encode, encode_prompt
-from mta_ds.data.loader import StepLoader, sample_order
+from mta_ds.data.loader import StepLoader, grouped_order, pad_share, sample_order
 from mta_ds.data.project import project
 from mta_ds.data.responses import PairCounts, answered, paired, to_line, write_pairs
 from mta_ds.data.rollout import ParsedResponse, decode_with_offsets, rollout_example
@@ -56,8 +56,10 @@ __all__ = [
     "decode_with_offsets",
     "encode",
     "encode_prompt",
+    "grouped_order",
     "input_files",
     "local_files",
+    "pad_share",
     "paired",
     "parse_row",
     "part_name",

@@ -70,6 +70,11 @@ class EncodedDataset:
         """Examples of a record: with pairs record i has its chosen half at 2i and its rejected one at 2i + 1."""
         return self.summary.group
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int32 [len]."""
+        return np.concatenate([np.diff(batch["input_ids"][0]) for batch in self._batches])
+
     def __len__(self) -> int:
         return int(self._first[-1])
 

@@ -20,14 +20,60 @@ class Examples(Protocol):
     @property
     def group(self) -> int: ...
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int [len]."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
+# Blocks of similar length that are formed together: more would group more sharply, and shuffle less.
+_BLOCKS_AT_ONCE = 50
+
+
 def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of one epoch, int64 [num_samples]."""
-    return np.random.Generator(np.random.Philox([seed, epoch])).permutation(num_samples)
+    return _generator(seed, epoch).permutation(num_samples)
+
+
+def grouped_order(lengths: np.ndarray, block: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of one epoch in which every ``block`` samples that follow one another are of similar length.
+
+    The epoch's random order is cut into stretches of 50 blocks; each is sorted by length and its blocks come in random
+    order. What does not fill a block comes last. Nothing depends on how a step is split.
+
+    Args:
+        lengths: tokens of each sample [num_samples].
+
+    Returns:
+        int64 [num_samples].
+    """
+    order = sample_order(len(lengths), seed, epoch)
+    random = _generator(seed, epoch, 1)
+    whole = len(order) - len(order) % block
+    parts = []
+    for start in range(0, whole, block * _BLOCKS_AT_ONCE):
+        stretch = _by_length(order[start : min(start + block * _BLOCKS_AT_ONCE, whole)], lengths)
+        parts.append(random.permutation(stretch.reshape(-1, block)).ravel())
+    return np.concatenate([*parts, _by_length(order[whole:], lengths)])
+
+
+def pad_share(lengths: np.ndarray, order: np.ndarray, micro_batch_size: int) -> float:
+    """Share of padding in an epoch's batches: [B, T] positions that hold no token."""
+    ordered = lengths[order]
+    starts = range(0, len(ordered), micro_batch_size)
+    batches = [ordered[start : start + micro_batch_size] for start in starts]
+    return 1 - float(ordered.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)
+
+
+def _by_length(samples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return samples[np.argsort(lengths[samples], kind="stable")]
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox([*key]))
 
 
 class StepLoader:
@@ -47,7 +93,9 @@ class StepLoader:
         gradient_accumulation_steps: int,
         rank: int,
         world_size: int,
+        length_grouping: int | None = None,
     ) -> None:
+        """``length_grouping``: see :func:`grouped_order`; by the lengths of ``dataset``, whatever is used later."""
         if len(dataset) == 0:
             raise ValueError("dataset: has no examples")
         self.samples_consumed = 0
@@ -61,6 +109,9 @@ class StepLoader:
         self._rank = rank
         self._world_size = world_size
         self._order: tuple[int, np.ndarray] | None = None
+        self._block = length_grouping
+        # a pair's halves are padded in one batch: the longer counts
+        self._lengths = dataset.lengths.reshape(-1, dataset.group).max(axis=1) if length_grouping else None
 
     @property
     def samples_per_step(self) -> int:
@@ -116,5 +167,10 @@ class StepLoader:
     def _sample(self, global_index: int) -> int:
         epoch, position = divmod(global_index, self._num_samples)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, sample_order(self._num_samples, self._seed, epoch))
+            self._order = (epoch, self._order_of(epoch))
         return int(self._order[1][position]) % (len(self._dataset) // self._dataset.group)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._lengths is None or self._block is None:
+            return sample_order(self._num_samples, self._seed, epoch)
+        return grouped_order(self._lengths, self._block, self._seed, epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mta_ds.data import Example, StepLoader, sample_order
+from mta_ds.data import Example, StepLoader, grouped_order, pad_share, sample_order
 
 
 class Numbered:
@@ -14,6 +14,10 @@ class Numbered:
     def __init__(self, size: int, group: int = 1) -> None:
         self.size = size
         self.group = group
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.random.default_rng(0).integers(1, 400, self.size)
 
     def __len__(self) -> int:
         return self.size
@@ -24,9 +28,11 @@ class Numbered:
         return Example(str(i), ids, ids, {"word": none, "phrase": none}, 0, is_rejected=i % self.group == 1)
 
 
-def steps(size: int, micro: int, gas: int, world: int, num: int, start: int = 0, seed: int = 3) -> list[list[int]]:
+def steps(
+    size: int, micro: int, gas: int, world: int, num: int, start: int = 0, seed: int = 3, block: int | None = None
+) -> list[list[int]]:
     """Samples of each step over all ranks, in global order."""
-    loaders = [StepLoader(Numbered(size), 0, seed, micro, gas, rank, world) for rank in range(world)]
+    loaders = [StepLoader(Numbered(size), 0, seed, micro, gas, rank, world, block) for rank in range(world)]
     for loader in loaders:
         loader.samples_consumed = start
     found = []
@@ -84,3 +90,45 @@ def test_pairs_come_whole_and_in_the_order_of_their_records(micro: int, gas: int
         found = [int(record) for batch in batches for record in batch.record_ids]
         assert found == [2 * record + half for record in expected for half in (0, 1)]
     assert loaders[0].epoch == 4 * 6 // 7 and loaders[0].samples_consumed == 24
+
+
+@pytest.mark.parametrize(("micro", "gas", "world"), [(6, 2, 1), (3, 1, 4), (2, 3, 2)])
+def test_grouped_by_length_a_step_holds_the_same_samples_however_it_is_split(micro: int, gas: int, world: int) -> None:
+    whole = steps(31, 12, 1, 1, 9, block=4)
+    assert steps(31, micro, gas, world, 9, block=4) == whole
+    assert steps(31, micro, gas, world, 4, start=5 * 12, block=4) == whole[5:]
+    # another step size goes on from the same sample
+    flat = [i for step in whole for i in step]
+    assert [i for step in steps(31, 2, 1, 1, 10, start=24, block=4) for i in step] == flat[24:44]
+    assert whole != steps(31, 12, 1, 1, 9)
+
+
+@pytest.mark.parametrize("size", [5, 16, 1003, 3200])
+def test_every_grouped_epoch_holds_every_sample_once_and_blocks_of_similar_length(size: int) -> None:
+    lengths, block = Numbered(size).lengths, 16
+    orders = [grouped_order(lengths, block, seed, epoch) for seed, epoch in ((3, 0), (3, 1), (4, 0))]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    assert all(np.array_equal(a, grouped_order(lengths, block, 3, i)) for i, a in enumerate(orders[:2]))
+    if size > block:
+        assert not any(np.array_equal(orders[0], order) for order in orders[1:])
+        blocks = lengths[orders[0][: size - size % block]].reshape(-1, block)
+        # 50 blocks share the range of lengths; at random each would span nearly all of it
+        assert np.median(np.ptp(blocks, axis=1)) < 30
+        means = blocks.mean(axis=1)
+        assert (np.diff(means) < 0).any() and (np.diff(means) > 0).any(), "blocks come in random order"
+
+
+def test_pad_share_is_that_of_the_batches() -> None:
+    lengths = np.array([4, 1, 2, 4, 3])
+    assert pad_share(lengths, np.array([0, 1, 2, 3, 4]), 2) == pytest.approx(1 - 14 / (8 + 8 + 3))
+    assert pad_share(lengths, np.array([0, 3, 1, 2, 4]), 2) == pytest.approx(1 - 14 / (8 + 4 + 3))
+    many = Numbered(3200).lengths
+    shares = [pad_share(many, order, 8) for order in (sample_order(3200, 0, 0), grouped_order(many, 32, 0, 0))]
+    assert shares[1] < 0.1 * shares[0] < shares[0] < 0.6
+
+
+def test_a_pair_is_as_long_as_its_longer_half() -> None:
+    loader = StepLoader(Numbered(40, group=2), 0, 3, 4, 1, 0, 1, length_grouping=4)
+    longer = Numbered(40).lengths.reshape(-1, 2).max(axis=1)
+    found = [int(record) // 2 for _ in range(5) for record in loader.next_step()[0].record_ids[::2]]
+    assert found == grouped_order(longer, 4, 3, 0).tolist()
