@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -125,6 +127,15 @@ def assert_same_run(a, b, tolerance: float = 1e-5) -> None:
             assert value == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["step"], name)
     for name, weight in a[1].items():
         assert torch.allclose(weight.float(), b[1][name].float(), rtol=tolerance, atol=tolerance), name
+
+
+def broken_teacher(pair: Path, folder: Path) -> Path:
+    """A copy of the teacher with a NaN in layer 5's MLP, which layer 6's state is the first key layer to show."""
+    shutil.copytree(pair / "teacher", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.4.mlp.down_proj.weight"][3, 3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def plain_losses(bodies, mta: MTALoss, batch: Batch, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, dict]:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from mta_ds.data import DatasetSummary
+from mta_ds.data import DatasetSummary, EncodedDataset, grouped_order, pad_share, sample_order
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.setup import Pair, load_data, number_of_steps, prepare_pair, student_zero_stage
 from mta_ds.models import adapter_size, count_parameters, load_config
@@ -36,6 +36,7 @@ def check(config: RunConfig, world_size: int = 1) -> None:
         *data_rows("training", train.summary, config.regenerates),
         *(data_rows("validation", validation.summary) if validation else []),
         *plan_rows(config, len(train) // train.group, world_size),
+        padding_row(config, train),
     ]
     table = Table(title=f"Plan of {config.run_dir}", show_header=False, title_justify="left")
     for name, value in rows:
@@ -127,6 +128,18 @@ def plan_rows(config: RunConfig, num_records: int, world_size: int) -> Rows:
         ("steps", f"{steps}, {steps * global_batch / num_records:.2f} epochs, warm-up {train.warmup_steps}"),
         ("precision", f"{train.dtype}, student ZeRO-{student_zero_stage(config)}, teacher ZeRO-3"),
     ]
+
+
+def padding_row(config: RunConfig, data: EncodedDataset) -> tuple[str, str]:
+    """Padding of the first epoch's batches, as configured and as grouping by length would have it."""
+    train = config.train
+    lengths = data.lengths.reshape(-1, data.group).max(axis=1)
+    block = train.length_grouping or 16 * train.micro_batch_size
+    drawn = pad_share(lengths, sample_order(len(lengths), train.seed, 0), train.micro_batch_size)
+    grouped = pad_share(lengths, grouped_order(lengths, block, train.seed, 0), train.micro_batch_size)
+    state = "as set" if train.length_grouping else "not set"
+    text = f"{100 * drawn:.0f} % of a batch's positions; {100 * grouped:.0f} % with length_grouping: {block} ({state})"
+    return "padding", text
 
 
 def _share(part: int, whole: int) -> str:

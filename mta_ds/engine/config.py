@@ -16,6 +16,13 @@ from mta_ds.losses import DistiLLM2Config, DistiLLMConfig, KDConfig, LossConfig,
 from mta_ds.models.loading import Dtype, StudentConfig, TeacherConfig
 from mta_ds.spans.parse import ParseConfig
 
+# What may change between a checkpoint and its resumption: it alters nothing of what is learned.
+_FREE = (
+    *("log_every", "validate_every", "save_every", "keep_last", "keep_every", "asynchronous_saves"),
+    *("max_minutes", "stop_grace_seconds", "non_finite"),
+    *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),  # their product is held elsewhere
+)
+
 
 class TrainConfig(Section):
     """Optimisation, precision, and what is kept of a run."""
@@ -27,6 +34,9 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(default=4, ge=1)
     """Sequences a rank runs at once."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    length_grouping: int | None = Field(default=None, ge=2)
+    """So many records that follow one another are of similar length, which saves padding; best as many as a step has
+    sequences. Null draws every record at random."""
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the student; the projections have ``mta.projection_lr``."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -51,8 +61,19 @@ class TrainConfig(Section):
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; one is always written at the end and on a stop signal."""
     keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints that stay."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps divisible by this stay for ever."""
+    asynchronous_saves: bool = True
+    """Copy weights and moments to CPU memory and write them while training goes on: 12 bytes of a rank's parameters."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Save, stop and exit 75 after this long, as a batch job's own time limit."""
+    stop_grace_seconds: float = Field(default=60, gt=0)
+    """Time from SIGTERM or SIGUSR1 to exit 75: a stop that takes longer ends without its checkpoint."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """On a NaN or Inf in a loss or a gradient: stop and say where, or leave the step out and count it."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """Leave out a step whose loss is more than this many times the median of the last 64; off unless given."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -94,10 +115,12 @@ class RunConfig(Section):
         return isinstance(self.loss, DistiLLM2Config) and self.loss.regenerate is not None
 
     def training_hash(self) -> str:
-        """Hash of what must not change between a checkpoint and its resumption."""
+        """Hash of what must not change between a checkpoint and its resumption, the batch size aside."""
         values = self.model_dump(mode="json", include={"teacher", "student", "data", "mta", "loss", "train"})
         if self.regenerates:
             values["generation"] = self.generation.model_dump(mode="json")
-        for free in ("log_every", "validate_every", "save_every", "keep_last", "max_minutes"):
+        for free in _FREE:
             del values["train"][free]
+        for model in ("teacher", "student"):
+            del values[model]["deepspeed"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

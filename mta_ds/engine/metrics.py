@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +29,8 @@ class MetricsLog:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Log one optimizer step's values."""
+        """Log one optimizer step's values; of a step that was left out, those that are numbers."""
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for file, row in ((self._metrics, metrics), (self._perf, perf)):
             if row:
                 file.write(json.dumps({"step": step} | row) + "\n")

@@ -19,6 +19,7 @@ from mta_ds.data import EncodedDataset, StepLoader, build_dataset
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
+from mta_ds.engine.health import StepGuard
 from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
 from mta_ds.errors import UsageError, UserError
@@ -80,6 +81,7 @@ class Run:
     """In the loader's place, for a method that trains on student text."""
     epoch_pairs: EpochPairs | None
     """Makes each epoch's data set, for a method that writes its records anew."""
+    guard: StepGuard
     num_steps: int
     zero_stage: int
 
@@ -133,6 +135,7 @@ def prepare(config: RunConfig) -> Run:
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        length_grouping=config.train.length_grouping,
     )
     engine = make_student_engine(config, pair)
     teacher = make_teacher(config, pair)
@@ -150,6 +153,7 @@ def prepare(config: RunConfig) -> Run:
         loader,
         rollouts,
         epoch_pairs,
+        StepGuard(config.train.non_finite, config.train.spike_factor),
         num_steps=num_steps,
         zero_stage=engine.zero_optimization_stage(),
     )
@@ -290,7 +294,8 @@ def make_student_engine(config: RunConfig, pair: Pair) -> Any:
     teacher = load_config(pair.teacher_dir, config.teacher.trust_remote_code)
     distiller = Distiller(model, teacher, pair.key_layers, config.mta, pair.method)
     distiller.to(getattr(torch, train.dtype))
-    optimizer = torch.optim.AdamW(parameter_groups(distiller, config), betas=train.betas)
+    # fused: one pass over parameters and moments, without temporaries of their size
+    optimizer = torch.optim.AdamW(parameter_groups(distiller, config), betas=train.betas, fused=True)
     engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=engine_config)
     distiller.register_taps()
     return engine

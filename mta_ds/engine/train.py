@@ -18,16 +18,18 @@ from torch import Tensor
 
 from mta_ds.config import dump
 from mta_ds.data import Batch
-from mta_ds.engine import checkpoint, distributed
+from mta_ds.engine import distributed
+from mta_ds.engine.checkpoint import Checkpoints, Progress, find_newest, load
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import global_counts
 from mta_ds.engine.environment import describe_environment
 from mta_ds.engine.export import export
+from mta_ds.engine.health import Heartbeat
 from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
 from mta_ds.engine.setup import Run, prepare
+from mta_ds.engine.shards import own_shard
 from mta_ds.engine.stopping import StopWatch
 from mta_ds.engine.validation import validate_run
-from mta_ds.errors import UserError
 from mta_ds.files import write_atomic
 from mta_ds.losses import DistiLLMConfig, Source
 
@@ -42,36 +44,47 @@ def train(config: RunConfig) -> bool:
         run first: it is saved, and the same call goes on with it.
     """
     distributed.initialise()
+    heartbeat = Heartbeat(config.run_dir)
+    heartbeat.beat(0, "load")
     run = prepare(config)
     logger.info("base loss: %s", run.method.describe())
+    checkpoints = open_checkpoints(config)
     step = resume(run)
     log = open_log(run, step)
-    stop = StopWatch(config.train.max_minutes)
+    stop = StopWatch(config.train.max_minutes, config.train.stop_grace_seconds)
     if step == 0:
+        heartbeat.beat(0, "validate")
         validate_run(run, step, log)
     ready = time.perf_counter()
     for source, batches in steps(run, step):
         step += 1
+        heartbeat.beat(step, "step")
         began = time.perf_counter()
         metrics = train_step(run, step, batches, source)
+        checkpoints.poll()
         if is_due(step, config.train.log_every, run.num_steps):
             write_metrics(run, step, batches, source, metrics, (began - ready, time.perf_counter() - began), log)
         if is_due(step, validate_every(run), run.num_steps):
+            heartbeat.beat(step, "validate")
             validate_run(run, step, log)
         stopping = stop.agreed()
         if stopping or is_due(step, config.train.save_every, run.num_steps):
-            save(run, step)
+            heartbeat.beat(step, "save")
+            save(run, checkpoints, step)
         if stopping:
             break
         ready = time.perf_counter()
+    checkpoints.finish()
     finished = step >= run.num_steps
     if finished:
+        heartbeat.beat(step, "export")
         export(run.distiller.student.model, run.pair.student_dir, config.run_dir / "export")
     stop.close()
     if run.rollouts is not None:
         run.rollouts.close()
     if log is not None:
         log.close()
+    heartbeat.beat(step, "end" if finished else "stopped")
     return finished
 
 
@@ -80,17 +93,21 @@ def train_step(run: Run, step: int, batches: list[Batch], source: Source = Sourc
 
     Returns:
         This rank's share of every metric; their sum over ranks is the value of the whole step.
+
+    Raises:
+        UserError: a NaN or Inf, unless the run leaves such steps out; on every rank, and no weight has changed.
     """
     set_learning_rates(run, step)
     counts = global_counts(batches, step, run.num_steps, source)
     shares: dict[str, Tensor] = {}
     for batch, count in zip(batches, counts, strict=True):
         loss, metrics = run.engine(batch.to(distributed.device()), run.teacher, count)
-        run.engine.backward(loss)
-        run.engine.step()
         for name, value in metrics.items():
             shares[name] = shares.get(name, 0) + value
-    run.method.after_step(step, shares, distributed.all_reduce_sum)
+        run.engine.backward(run.guard.watch(loss, shares) if batch is batches[-1] else loss)
+        run.engine.step()
+    if not run.guard.judge(run.engine, step, batches, shares):
+        run.method.after_step(step, shares, distributed.all_reduce_sum)
     if run.teacher is not None:
         run.teacher.release()
     return shares
@@ -143,36 +160,48 @@ def validate_every(run: Run) -> int | None:
     return every
 
 
+def open_checkpoints(config: RunConfig) -> Checkpoints:
+    """The run folder's checkpoints, to save into."""
+    train = config.train
+    return Checkpoints(config.run_dir / "checkpoints", train.keep_last, train.keep_every, train.asynchronous_saves)
+
+
 def resume(run: Run) -> int:
     """Restore the newest valid checkpoint, if there is one; returns the number of steps done."""
-    found = checkpoint.find_newest(run.config.run_dir / "checkpoints", run.config.training_hash(), run.zero_stage)
+    own_shard(run.engine)  # what could not be saved is refused now, not after the first hours
+    config = run.config
+    found = find_newest(config.run_dir / "checkpoints", config.training_hash(), samples_per_step(run))
     if found is None:
         return 0
     folder, progress = found
-    checkpoint.load(run.engine, folder)
-    run.method.load_state(json.loads((folder / "method.json").read_text(encoding="utf-8")))
+    load(run.engine, folder, progress, config.train.seed)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    run.method.load_state(state["method"])
+    run.guard.load_state(state["guard"])
     if run.rollouts is not None:
         run.rollouts.load(folder / "rollouts.safetensors")
     logger.info("resumed from %s", folder)
     return progress.step
 
 
-def save(run: Run, step: int) -> None:
-    """Write a checkpoint at this step boundary."""
-    progress = checkpoint.Progress(
+def save(run: Run, checkpoints: Checkpoints, step: int) -> None:
+    """Begin a checkpoint at this step boundary."""
+    progress = Progress(
         step=step,
         samples=run.loader.samples_consumed,
+        batch_size=samples_per_step(run),
         world_size=distributed.world_size(),
         zero_stage=run.zero_stage,
         config_hash=run.config.training_hash(),
     )
 
-    def save_method(folder: Path) -> None:
-        (folder / "method.json").write_text(json.dumps(run.method.state()), encoding="utf-8")
+    def save_state(folder: Path) -> None:
+        state = {"method": run.method.state(), "guard": run.guard.state()}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if run.rollouts is not None:
             run.rollouts.save(folder / "rollouts.safetensors")
 
-    checkpoint.save(run.engine, run.config.run_dir / "checkpoints", progress, run.config.train.keep_last, save_method)
+    checkpoints.save(run.engine, progress, save_state)
 
 
 def open_log(run: Run, step: int) -> MetricsLog | None:
@@ -198,17 +227,10 @@ def write_metrics(
 
     Args:
         seconds: that the step waited for its sequences (the loader; rollouts, the parser), and that it took then.
-
-    Raises:
-        UserError: a key layer's hidden state had a NaN or Inf; on every rank.
     """
     tokens = distributed.sum_counts([sum(len(batch.valid) for batch in batches)])[0]
     summed = distributed.all_reduce_sum(torch.stack([value.float() for value in shares.values()])).tolist()
     totals = dict(zip(shares, summed, strict=True))
-    alarms = [name for name in shares if name.startswith("non_finite/") and totals.pop(name)]
-    if alarms:
-        states = ", ".join("layer {2} of the {1}".format(*alarm.split("/")) for alarm in alarms)
-        raise UserError(f"step {step}: NaN or Inf in the hidden state of {states}; lower train.lr, or train in fp32")
     if log is None:
         return
     metrics: dict[str, Any] = {"samples": run.loader.samples_consumed} | totals
@@ -217,6 +239,8 @@ def write_metrics(
         metrics |= {f"source/{each.value}": float(each is source) for each in Source}
     metrics["lr"] = run.engine.optimizer.param_groups[0]["lr"]
     metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
+    if run.guard.skipped:
+        metrics["skipped_steps"] = run.guard.skipped
     waited, took = seconds
     perf = {
         "seconds": took,

@@ -18,5 +18,8 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """A gathered parameter's value, to keep after its block has ended: a copy where the original is given back."""
-    return parameter.detach().clone() if hasattr(parameter, "ds_id") else parameter.detach()
+    """A gathered parameter's value, to keep after its block has ended.
+
+    No copy: releasing a parameter points it at nothing, and the memory that was gathered lives as long as this does.
+    """
+    return parameter.detach()

@@ -1,63 +1,84 @@
-"""Which checkpoint a run resumes from: the newest whose files are whole, of the same run."""
+"""Checkpoints of real engines: the newest whole one is found, a save that fails leaves all others and goes away."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from engine_cases import train_step, weights_of
 
 from mta_ds.engine import checkpoint
-from mta_ds.engine.checkpoint import Progress
+from mta_ds.engine.checkpoint import Checkpoints, Progress
 from mta_ds.errors import UserError
 
 
-class Engine:
-    """Writes and reads as DeepSpeed's engine does, one file."""
+@pytest.fixture(scope="module")
+def engine(one_rank_group: None) -> Any:
+    """Has made one step; these tests do not change it."""
+    import deepspeed
 
-    def __init__(self) -> None:
-        self.value = torch.zeros(3)
-        self.module = torch.nn.Linear(1, 1)
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
-        assert not save_latest and not exclude_frozen_parameters
-        save_file({"value": self.value}, Path(folder) / tag / "model.safetensors")
-
-    def load_checkpoint(self, folder: str, tag: str, load_module_strict: bool) -> tuple[str, dict]:
-        assert load_module_strict
-        return tag, {}
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    made = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    made.backward(made(torch.ones(1, 4)).sum())
+    made.step()
+    return made
 
 
-def save(folder: Path, step: int, keep_last: int = 2, **changes: object) -> None:
-    values = {"step": step, "samples": 8 * step, "world_size": 1, "zero_stage": 3, "config_hash": "abc"} | changes
-    engine = Engine()
-    engine.value += step
-    checkpoint.save(engine, folder, Progress(**values), keep_last)  # type: ignore[arg-type]
+def progress(step: int, **changes: object) -> Progress:
+    values = {
+        "step": step,
+        "samples": 8 * step,
+        "batch_size": 8,
+        "world_size": 1,
+        "zero_stage": 2,
+        "config_hash": "abc",
+    }
+    return Progress(**values | changes)  # type: ignore[arg-type]
 
 
-def find(folder: Path) -> tuple[Path, Progress] | None:
-    return checkpoint.find_newest(folder, "abc", 3)
+def save(engine: Any, root: Path, *steps: int, **options: Any) -> None:
+    checkpoints = Checkpoints(root, **options)
+    for step in steps:
+        checkpoints.save(engine, progress(step), lambda folder: (folder / "state.json").write_text("{}") and None)
+    checkpoints.finish()
 
 
-def test_the_newest_is_found_and_older_ones_go(tmp_path: Path) -> None:
+def find(root: Path) -> tuple[Path, Progress] | None:
+    return checkpoint.find_newest(root, "abc", 8)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_is_found_and_older_ones_go(engine, tmp_path: Path, asynchronous: bool) -> None:
     assert find(tmp_path) is None
-    for step in (5, 10, 15):
-        save(tmp_path, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+    save(engine, tmp_path, 5, 10, 15, asynchronous=asynchronous)
+    assert names(tmp_path) == ["step-00000010", "step-00000015"]
     found = find(tmp_path)
-    assert found is not None
-    assert asdict(found[1]) == {"step": 15, "samples": 120, "world_size": 1, "zero_stage": 3, "config_hash": "abc"}
+    assert found is not None and asdict(found[1]) == asdict(progress(15))
+    assert names(found[0]) == ["COMMIT", "rng-00000.safetensors", "shard-00000.safetensors", "state.json"]
+
+
+def test_some_stay_for_ever(engine, tmp_path: Path) -> None:
+    save(engine, tmp_path, *range(2, 15, 2), keep_last=1, keep_every=4)
+    assert [int(name[5:]) for name in names(tmp_path)] == [4, 8, 12, 14]
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "truncate", "commit", "no commit"])
-def test_a_damaged_one_is_named_and_skipped(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    file = tmp_path / "step-00000002" / ("COMMIT" if "commit" in damage else "model.safetensors")
+def test_a_damaged_one_is_named_and_skipped(engine, tmp_path: Path, damage: str, caplog) -> None:
+    save(engine, tmp_path, 1, 2)
+    file = tmp_path / "step-00000002" / ("COMMIT" if "commit" in damage else "shard-00000.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[-1] ^= 1
@@ -74,34 +95,89 @@ def test_a_damaged_one_is_named_and_skipped(tmp_path: Path, damage: str, caplog:
     assert ("step-00000002" in caplog.text) == (damage != "no commit")
 
 
+def test_a_damaged_one_is_replaced_and_never_counted(engine, tmp_path: Path) -> None:
+    save(engine, tmp_path, 1, 2, 4)
+    for step in (2, 4):
+        (tmp_path / f"step-0000000{step}" / "shard-00000.safetensors").write_bytes(b"")
+    save(engine, tmp_path, 3, keep_last=1)  # the run goes on from before them
+    found = find(tmp_path)
+    assert found is not None and found[1].step == 3
+    save(engine, tmp_path, 4, keep_last=1)
+    found = find(tmp_path)
+    assert found is not None and found[1].step == 4 and names(tmp_path) == ["step-00000004"]
+
+
+@pytest.mark.parametrize("how", ["no room", "disk full", "more"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_fails_leaves_the_others(engine, tmp_path: Path, monkeypatch, caplog, how, asynchronous) -> None:
+    save(engine, tmp_path, 1, 2)
+    checkpoints = Checkpoints(tmp_path, keep_last=1, asynchronous=asynchronous)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        if how == "no room":
+            usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=50)
+            patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        elif how == "disk full":
+            patch.setattr(checkpoint, "write_shard", full)
+        checkpoints.save(engine, progress(3), full if how == "more" else None)
+        checkpoints.finish()
+    words = "0.000 GB are free" if how == "no room" else "No space left on device"
+    assert "CHECKPOINT NOT SAVED" in caplog.text and words in caplog.text and "step-00000002" in caplog.text
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    checkpoints.save(engine, progress(4))  # there is room again
+    checkpoints.finish()
+    assert names(tmp_path) == ["step-00000004"]
+
+
+def test_it_is_committed_once_it_is_written(engine, tmp_path: Path, monkeypatch) -> None:
+    go_on, write = threading.Event(), checkpoint.write_shard
+    monkeypatch.setattr(checkpoint, "write_shard", lambda *arguments: go_on.wait(60) and write(*arguments))
+    checkpoints = Checkpoints(tmp_path, asynchronous=True)
+    checkpoints.save(engine, progress(1))
+    checkpoints.poll()
+    assert find(tmp_path) is None
+    go_on.set()
+    while find(tmp_path) is None:
+        checkpoints.poll()
+    assert find(tmp_path) is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"config_hash": "other"}, "another configuration"),
-        ({"world_size": 4}, "saved by 4 ranks under ZeRO-3, this run has 1 under ZeRO-3"),
-        ({"zero_stage": 2}, "under ZeRO-2"),
+        ({"batch_size": 12}, "12 sequences a step, this run has 8; choose micro_batch_size x .* = 12"),
     ],
 )
-def test_one_of_another_run_is_an_error(tmp_path: Path, changes: dict, words: str) -> None:
-    save(tmp_path, 1, **changes)
+def test_one_of_another_run_is_an_error(engine, tmp_path: Path, changes: dict, words: str) -> None:
+    Checkpoints(tmp_path).save(engine, progress(1, **changes))
     with pytest.raises(UserError, match=words):
         find(tmp_path)
 
 
-def test_one_of_a_newer_format_is_an_error(tmp_path: Path) -> None:
-    save(tmp_path, 1)
+@pytest.mark.parametrize(("number", "words"), [(99, "a newer mta_ds"), (1, "an older mta_ds")])
+def test_one_of_another_format_is_an_error(engine, tmp_path: Path, number: int, words: str) -> None:
+    save(engine, tmp_path, 1)
     commit = tmp_path / "step-00000001" / "COMMIT"
-    commit.write_text(json.dumps(json.loads(commit.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match="newer mta_ds"):
+    commit.write_text(json.dumps(json.loads(commit.read_text()) | {"format": number}))
+    with pytest.raises(UserError, match=words):
         find(tmp_path)
 
 
-def test_random_state_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_and_random_state_come_back(make_engine, tmp_path: Path, stage: int) -> None:
+    engine, other = make_engine(stage), make_engine(stage, seed=5)
+    train_step(engine, 0)
     torch.manual_seed(7)
-    save(tmp_path, 1)
+    save(engine, tmp_path, 1)
     expected = torch.rand(4)
     torch.manual_seed(8)
     found = find(tmp_path)
     assert found is not None
-    checkpoint.load(Engine(), found[0])
+    checkpoint.load(other, *found, seed=3)
     assert torch.equal(torch.rand(4), expected)
+    for name, weight in weights_of(engine).items():
+        assert torch.equal(weights_of(other)[name], weight)

@@ -6,15 +6,19 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from engine_cases import weights_of
 from support import write_config
 from torch import nn
 
 from mta_ds.config import load
 from mta_ds.engine import RunConfig, TrainConfig, distributed
+from mta_ds.engine.health import StepGuard
 from mta_ds.engine.metrics import MetricsLog
 from mta_ds.engine.setup import number_of_steps, student_folder, switch_dropout_off
 from mta_ds.engine.stopping import StopWatch
@@ -76,7 +80,7 @@ def test_dropout_goes_from_modules_and_attributes() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_at_the_next_step(number: signal.Signals) -> None:
-    watch = StopWatch(None)
+    watch = StopWatch(None, grace_seconds=60)
     try:
         assert not watch.agreed()
         os.kill(os.getpid(), number)
@@ -86,9 +90,39 @@ def test_a_signal_stops_at_the_next_step(number: signal.Signals) -> None:
 
 
 def test_time_limit() -> None:
-    watch = StopWatch(1e-9)
+    watch = StopWatch(1e-9, grace_seconds=60)
     assert watch.agreed()
     watch.close()
+
+
+def test_a_stop_that_takes_too_long_ends_all_the_same() -> None:
+    """A process that hangs after the signal, as in a collective whose other ranks are gone."""
+    code = (
+        "import os, signal, time; from mta_ds.engine.stopping import StopWatch; StopWatch(None, 0.2);"
+        "os.kill(os.getpid(), signal.SIGUSR1); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and "train.stop_grace_seconds" in done.stderr
+
+
+def test_a_spike_is_left_out(make_engine) -> None:
+    guard, engine = StepGuard("stop", spike_factor=3.0), make_engine(3)
+
+    def step(seed: int, loss: float) -> bool:
+        output = engine(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)))
+        shares = {"loss": torch.tensor(loss)}
+        engine.backward(guard.watch(output.square().mean(), shares))
+        engine.step()
+        return guard.judge(engine, seed, [], shares)
+
+    assert not any(step(seed, 1.0) for seed in range(16))
+    before = weights_of(engine)
+    assert step(16, 3.5) and guard.skipped == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(engine).items())
+    assert not step(17, 2.5)
+    again = StepGuard("stop", spike_factor=3.0)
+    again.load_state(json.loads(json.dumps(guard.state())))
+    assert again.state() == guard.state()
 
 
 def test_ranks_from_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
