@@ -93,9 +93,11 @@ def write_config(pair: Path, run_dir: Path, **changes: object) -> Path:
     return path
 
 
-def run_command(*arguments: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
-    """``mta-ds ARGUMENTS`` in a process of its own, one thread a rank."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+def run_command(
+    *arguments: object, check: bool = True, extra: dict[str, str] | None = None, **options: object
+) -> subprocess.CompletedProcess[str]:
+    """``mta-ds ARGUMENTS`` in a process of its own, one thread a rank; ``extra`` goes into its environment."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | (extra or {})
     done = subprocess.run(
         [sys.executable, "-m", "mta_ds", *map(str, arguments)],
         env=environment,

@@ -60,6 +60,8 @@ class EncodedDataset:
     """Random access to encoded examples, memory-mapped; those of a record follow one another."""
 
     def __init__(self, folder: Path) -> None:
+        self.key = folder.name
+        """What the set was made of, in a word: records, store, tokenizer and settings."""
         self.summary = DatasetSummary.model_validate_json((folder / "summary.json").read_text(encoding="utf-8"))
         table = pa.ipc.open_file(pa.memory_map(str(folder / "examples.arrow"))).read_all()
         self._batches = [self._columns(batch) for batch in table.to_batches()]

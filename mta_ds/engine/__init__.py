@@ -2,7 +2,17 @@
 
 from mta_ds.engine.check import check
 from mta_ds.engine.config import RunConfig, TrainConfig
+from mta_ds.engine.distributed import shutdown
 from mta_ds.engine.stages import evaluate_run, export_checkpoint, generate_run
 from mta_ds.engine.train import train
 
-__all__ = ["RunConfig", "TrainConfig", "check", "evaluate_run", "export_checkpoint", "generate_run", "train"]
+__all__ = [
+    "RunConfig",
+    "TrainConfig",
+    "check",
+    "evaluate_run",
+    "export_checkpoint",
+    "generate_run",
+    "shutdown",
+    "train",
+]

@@ -19,7 +19,7 @@ from mta_ds.spans.parse import ParseConfig
 # What may change between a checkpoint and its resumption: it alters nothing of what is learned.
 _FREE = (
     *("log_every", "validate_every", "save_every", "keep_last", "keep_every", "asynchronous_saves"),
-    *("max_minutes", "stop_grace_seconds", "non_finite"),
+    *("max_minutes", "stop_grace_seconds", "non_finite", "wandb_project"),
     *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),  # their product is held elsewhere
 )
 
@@ -70,6 +70,8 @@ class TrainConfig(Section):
     """Save, stop and exit 75 after this long, as a batch job's own time limit."""
     stop_grace_seconds: float = Field(default=60, gt=0)
     """Time from SIGTERM or SIGUSR1 to exit 75: a stop that takes longer ends without its checkpoint."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project; the package wandb must be installed."""
     non_finite: Literal["stop", "skip"] = "stop"
     """On a NaN or Inf in a loss or a gradient: stop and say where, or leave the step out and count it."""
     spike_factor: float | None = Field(default=None, gt=1)

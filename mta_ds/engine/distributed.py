@@ -28,6 +28,9 @@ def initialise() -> None:
 
     The environment is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) or srun's, from which the
     same five are derived.
+
+    Raises:
+        UserError: the port that rank 0 listens at is taken.
     """
     if dist.is_initialized():
         return
@@ -37,12 +40,20 @@ def initialise() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, on every rank
-        deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            timeout=datetime.timedelta(minutes=30),
-            verbose=False,
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, on every rank
+            deepspeed.init_distributed(
+                dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+                timeout=datetime.timedelta(minutes=30),
+                verbose=False,
+            )
+    except RuntimeError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise UserError(
+            f"MASTER_PORT {os.environ['MASTER_PORT']}: something else listens there already; set MASTER_PORT to a free "
+            "port, the same for every rank"
+        ) from None
 
 
 def shutdown() -> None:
@@ -106,6 +117,26 @@ def _host_group() -> dist.ProcessGroup | None:
         return None
     group: dist.ProcessGroup = dist.new_group(backend="gloo")
     return group
+
+
+def insist_on_agreement(values: dict[str, str]) -> None:
+    """Compare what every rank must have in common; every rank must call it.
+
+    Args:
+        values: by what it is, in words.
+
+    Raises:
+        UserError: a rank has another value; on every rank.
+    """
+    everybody = gather_objects(values)
+    for other, theirs in enumerate(everybody):
+        if differing := [name for name, value in theirs.items() if value != everybody[0][name]]:
+            error = UserError(
+                f"rank {other} has another {differing[0]} than rank 0; start all ranks with the same code, "
+                "configuration and files"
+            )
+            error.on_every_rank = True
+            raise error
 
 
 def barrier() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,12 +33,17 @@ _PACKAGES = [
 ]
 
 
-def describe_environment() -> str:
-    """Versions, hardware, launch and the package's own git state, as JSON."""
+def describe_environment(run: dict[str, Any]) -> str:
+    """Versions, hardware, launch and the package's own git state, as JSON.
+
+    Args:
+        run: what identifies the run itself, such as its configuration's hash.
+    """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     slurm = {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB") or k == "SLURM_NTASKS"}
     return json.dumps(
-        {
+        run
+        | {
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "packages": {name: _version(name) for name in _PACKAGES},
@@ -52,6 +58,11 @@ def describe_environment() -> str:
         },
         indent=1,
     )
+
+
+def code_state() -> str:
+    """Versions and git state in a line: what all ranks must share."""
+    return json.dumps([_git_state(), *(_version(name) for name in _PACKAGES)])
 
 
 def _version(package: str) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mta_ds.engine import distributed
+from mta_ds.engine.config import RunConfig
 from mta_ds.files import atomic_folder, fsync_directory
 from mta_ds.models import (
     adapter_parameters,
@@ -20,12 +23,14 @@ from mta_ds.models import (
 )
 
 ADAPTER = "adapter"
+_SHARD_SIZE = "5GB"
 
 
-def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
+def export(model: PreTrainedModel, tokenizer_from: Path, output: Path, card: str) -> None:
     """Save ``model`` so that ``AutoModelForCausalLM.from_pretrained(output)`` gives equal logits.
 
-    Adapters are merged there, and written by themselves to ``output/adapter``, as peft reads them.
+    Weights go into safetensors of at most 5 GB each, beside tokenizer, generation config and model card. Adapters are
+    merged there, and written by themselves to ``output/adapter``, as peft reads them.
 
     Every rank must call it; parameters are gathered one at a time, and only rank 0 keeps them (in CPU memory). The
     folder appears whole, replacing an older one. Tied weights are written once, as ``save_pretrained`` does.
@@ -34,8 +39,9 @@ def export(model: PreTrainedModel, tokenizer_from: Path, output: Path) -> None:
     adapters = _gather_adapters(model)
     if distributed.rank() == 0:
         with atomic_folder(output) as folder, quiet_transformers():
-            model.save_pretrained(folder, state_dict=weights)
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=_SHARD_SIZE)
             copy_tokenizer(tokenizer_from, folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             if adapters:
                 save_adapter(model, adapters, folder / ADAPTER)
                 fsync_directory(folder / ADAPTER)
@@ -64,3 +70,36 @@ def _gather_adapters(model: PreTrainedModel) -> dict[str, Tensor]:
             if distributed.rank() == 0:
                 adapters[name] = parameter.detach().cpu().clone()
     return adapters
+
+
+def model_card(config: RunConfig, method: str, step: int) -> str:
+    """The export's README.md: what the student was made of and how, and its last held-out scores."""
+    front = {"library_name": "transformers", "base_model": config.teacher.path, "tags": ["distillation", "mta"]}
+    mta = config.mta
+    student = config.student
+    start = student.path or (f"layers of the teacher: {student.teacher_layers}" if student.teacher_layers else "random")
+    rows = {
+        "teacher": config.teacher.path + (f", adapter {config.teacher.adapter}" if config.teacher.adapter else ""),
+        "student's start": start,
+        "training records": ", ".join(config.data.train),
+        "base loss": method,
+        "MTA": "off" if mta is None else f"λ_DSA {mta.lambda_dsa:g}, λ_Hid {mta.lambda_hid:g}, {mta.reduction}",
+        "optimizer steps": str(step),
+        "configuration's hash": config.training_hash(),
+    }
+    rows |= {f"held-out {name}": f"{value:.4f}" for name, value in _last_scores(config.run_dir).items()}
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"---\n{yaml.safe_dump(front)}---\n\n# A distilled student\n\n| | |\n|---|---|\n{table}\nMade by mta_ds.\n"
+
+
+def _last_scores(run_dir: Path) -> dict[str, float]:
+    """Loss and KL of the run's last validation."""
+    log = run_dir / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    rows = [row for row in map(json.loads, lines) if "validation/loss" in row]
+    prefix = "validation/"
+    return (
+        {name.removeprefix(prefix): value for name, value in rows[-1].items() if name.startswith(prefix)}
+        if rows
+        else {}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import resource
@@ -10,6 +11,7 @@ from typing import IO, Any
 
 import torch
 
+from mta_ds.errors import UserError
 from mta_ds.files import write_atomic
 
 
@@ -20,13 +22,14 @@ class MetricsLog:
     when an interrupted run is resumed, perf.jsonl is not.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None = None) -> None:
         self._metrics = _open_cut(run_dir / "metrics.jsonl", resume_step)
         self._perf = _open_cut(run_dir / "perf.jsonl", resume_step)
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run logged beyond the checkpoint it resumes from
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = _open_wandb(wandb_project, run_dir) if wandb_project is not None else None
 
     def write(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """Log one optimizer step's values; of a step that was left out, those that are numbers."""
@@ -37,6 +40,8 @@ class MetricsLog:
                 file.flush()
         for name, value in (metrics | {f"perf/{k}": v for k, v in perf.items()}).items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics | {f"perf/{k}": v for k, v in perf.items()}, step=step)
 
     def announce(self, step: int, num_steps: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """One line for whoever watches the job."""
@@ -55,6 +60,18 @@ class MetricsLog:
         self._metrics.close()
         self._perf.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_wandb(project: str, run_dir: Path) -> Any:
+    """A run of Weights & Biases that a resumed run of this folder goes on with."""
+    try:
+        import wandb  # type: ignore[import-not-found]  # not ours to install
+    except ImportError:
+        raise UserError("train.wandb_project: wandb is not installed; 'pip install wandb', or remove the key") from None
+    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+    return wandb.init(project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir))
 
 
 def peak_memory_bytes() -> int:

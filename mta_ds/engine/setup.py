@@ -19,6 +19,7 @@ from mta_ds.data import EncodedDataset, StepLoader, build_dataset
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
+from mta_ds.engine.environment import code_state
 from mta_ds.engine.health import StepGuard
 from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
@@ -125,8 +126,11 @@ def prepare_pair(config: RunConfig) -> Pair:
 def prepare(config: RunConfig) -> Run:
     """Load data and models, partition them, and wrap both in their engines; torch.distributed must be initialised."""
     set_seed(config.train.seed)
+    distributed.insist_on_agreement({"configuration": config.model_dump_json(), "code or package": code_state()})
     pair = prepare_pair(config)
     train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
+    keys = {"training set": train.key, "validation set": validation.key if validation is not None else ""}
+    distributed.insist_on_agreement(keys)
     loader = StepLoader(
         train,
         pad_id=pad_id(pair.tokenizer),

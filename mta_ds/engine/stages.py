@@ -8,9 +8,8 @@ from typing import NamedTuple
 from mta_ds.data import PairCounts, write_pairs
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.export import export
 from mta_ds.engine.setup import prepare, student_folder, teacher_folder
-from mta_ds.engine.train import resume
+from mta_ds.engine.train import export_student, resume
 from mta_ds.errors import UserError
 from mta_ds.evaluation import GeneratedManifest, evaluate, write_responses
 from mta_ds.models import resolve_model
@@ -88,8 +87,6 @@ def export_checkpoint(config: RunConfig) -> Path:
     """
     distributed.initialise()
     run = prepare(config)
-    if resume(run) == 0:
+    if (step := resume(run)) == 0:
         raise UserError(f"{config.run_dir}/checkpoints: no valid checkpoint to export")
-    output = config.run_dir / "export"
-    export(run.distiller.student.model, run.pair.student_dir, output)
-    return output
+    return export_student(run, step)

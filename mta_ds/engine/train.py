@@ -23,7 +23,7 @@ from mta_ds.engine.checkpoint import Checkpoints, Progress, find_newest, load
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import global_counts
 from mta_ds.engine.environment import describe_environment
-from mta_ds.engine.export import export
+from mta_ds.engine.export import export, model_card
 from mta_ds.engine.health import Heartbeat
 from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
 from mta_ds.engine.setup import Run, prepare
@@ -78,7 +78,7 @@ def train(config: RunConfig) -> bool:
     finished = step >= run.num_steps
     if finished:
         heartbeat.beat(step, "export")
-        export(run.distiller.student.model, run.pair.student_dir, config.run_dir / "export")
+        export_student(run, step)
     stop.close()
     if run.rollouts is not None:
         run.rollouts.close()
@@ -86,6 +86,14 @@ def train(config: RunConfig) -> bool:
         log.close()
     heartbeat.beat(step, "end" if finished else "stopped")
     return finished
+
+
+def export_student(run: Run, step: int) -> Path:
+    """Write the student as it is after ``step`` to the run's export folder; every rank must call it."""
+    output = run.config.run_dir / "export"
+    card = model_card(run.config, run.method.describe(), step)
+    export(run.distiller.student.model, run.pair.student_dir, output, card)
+    return output
 
 
 def train_step(run: Run, step: int, batches: list[Batch], source: Source = Source.DATA) -> dict[str, Tensor]:
@@ -210,8 +218,13 @@ def open_log(run: Run, step: int) -> MetricsLog | None:
         return None
     run_dir = run.config.run_dir
     write_atomic(run_dir / "config.yaml", dump(run.config))
-    write_atomic(run_dir / "environment.json", describe_environment())
-    return MetricsLog(run_dir, step)
+    identity = {
+        "training_hash": run.config.training_hash(),
+        "training_set": run.train.key,
+        "validation_set": run.validation.key if run.validation is not None else None,
+    }
+    write_atomic(run_dir / "environment.json", describe_environment(identity))
+    return MetricsLog(run_dir, step, run.config.train.wandb_project)
 
 
 def write_metrics(

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import weights_of
-from support import write_config
+from support import run_command, write_config
 from torch import nn
 
 from mta_ds.config import load
@@ -135,6 +136,35 @@ def test_ranks_from_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     distributed._complete_environment()
     expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node03", "MASTER_PORT": "20123"}
     assert {name: os.environ[name] for name in expected} == expected
+
+
+def test_ranks_that_disagree_say_so(pair: Path, tmp_path: Path) -> None:
+    path = write_config(pair, tmp_path)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mta_ds", "train", str(path), f"train.lr={1e-4 * (1 + rank)}"],
+            env=rank_environment(rank, 2, port) | {"MTA_DS_LAUNCHER_PID": str(os.getpid())},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert "mta-ds: error: rank 1 has another configuration than rank 0" in told[0] and "error" not in told[1]
+
+
+def test_a_taken_port_is_one_line(pair: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        environment = rank_environment(0, 2, port) | {"MTA_DS_LAUNCHER_PID": str(os.getpid())}
+        done = run_command("train", write_config(pair, tmp_path), check=False, extra=environment)
+    assert done.returncode == 1 and f"mta-ds: error: MASTER_PORT {port}: something else listens" in done.stderr
 
 
 def test_a_launchers_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,5 +168,8 @@ def test_export_reloads_with_equal_logits_and_tied_weights(pair: Path, one_rank)
     again = AutoModelForCausalLM.from_pretrained(run_dir / "export").eval()
     ids = torch.arange(12)[None]
     assert torch.equal(model(ids).logits, again(ids).logits)
+    card = (run_dir / "export" / "README.md").read_text()
+    assert f"| teacher | {pair / 'teacher'} |" in card and "held-out kl" in card and "λ_DSA 2" in card
+    assert (run_dir / "export" / "generation_config.json").is_file()
     start = load_pretrained(pair / "student", "float32")
     assert not torch.allclose(start.state_dict()["model.norm.weight"], weights["model.norm.weight"])
