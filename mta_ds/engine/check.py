@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from mta_ds.data import DatasetSummary, EncodedDataset, grouped_order, pad_share, sample_order
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.setup import Pair, load_data, number_of_steps, prepare_pair, student_zero_stage
+from mta_ds.engine.pair import Pair, prepare_pair
+from mta_ds.engine.setup import load_data, number_of_steps, student_zero_stage
 from mta_ds.models import adapter_size, count_parameters, load_config
 from mta_ds.models.zero import read_deepspeed_config
 

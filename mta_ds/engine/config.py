@@ -52,6 +52,8 @@ class TrainConfig(Section):
     """Of both models: bfloat16 on GPUs; on a CPU float32, unless its bf16 products are known to be fast."""
     gradient_checkpointing: bool = False
     """Recompute the student's layers in backward: less memory for about a third more student time."""
+    verify_weights: bool = False
+    """Compare the hash of every loaded tensor of both models with its file's; reads the files once more."""
     dropout: bool = False
     """Keep the student's own dropout; off, the student sees what the teacher sees."""
     seed: int = 0

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,28 +20,22 @@ from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
 from mta_ds.engine.environment import code_state
 from mta_ds.engine.health import StepGuard
+from mta_ds.engine.pair import Pair, prepare_pair
 from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
 from mta_ds.errors import UsageError, UserError
-from mta_ds.losses import DistiLLM2Config, FDDConfig, KeyLayerOptions, Method, MTAConfig, make_method
+from mta_ds.losses import DistiLLM2Config, Method
 from mta_ds.models import (
-    KeyLayer,
     StreamingTeacher,
     Tokenizer,
-    adapter_size,
     base_name,
-    cut_layers,
+    chunk_mlps,
     inject_adapters,
     load_config,
     load_pretrained,
     load_teacher,
-    load_tokenizer,
-    merged_folder,
-    random_student,
-    resolve_key_layers,
-    resolve_model,
     student_config,
-    vocabulary_size,
+    verify_weights,
     whole_copy,
 )
 from mta_ds.models.zero import read_deepspeed_config
@@ -51,19 +44,6 @@ from mta_ds.spans.pool import ParserPool
 from mta_ds.spans.store import SpanStore
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The two models of a run as folders, before any weight is loaded."""
-
-    teacher_dir: Path
-    student_dir: Path
-    tokenizer: Tokenizer
-    vocab_size: int
-    key_layers: tuple[KeyLayer, ...]
-    """MTA's; none with MTA off."""
-    method: Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,34 +73,6 @@ class Run:
     @property
     def method(self) -> Method:
         return self.pair.method
-
-
-def prepare_pair(config: RunConfig) -> Pair:
-    """Resolve both models, make the student's starting folder if need be, and check that they fit each other.
-
-    Raises:
-        UserError: a folder is missing, the vocabularies or EOS differ, or a key layer does not exist.
-    """
-    teacher_dir = teacher_folder(config)
-    student_dir = distributed.on_rank_zero_first(lambda: student_folder(config, teacher_dir))
-    tokenizer = load_tokenizer(student_dir, config.student.trust_remote_code)
-    check_same_vocabulary(tokenizer, load_tokenizer(teacher_dir, config.teacher.trust_remote_code), config)
-    vocab_size = vocabulary_size(tokenizer)
-    teacher, student = load_config(teacher_dir), load_config(student_dir)
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model.vocab_size < vocab_size:
-            raise UserError(f"{name}: the model has {model.vocab_size} embeddings, its tokenizer {vocab_size} ids")
-    if config.student.lora is not None:
-        adapter_size(student, config.student.lora)  # finds a wrong target now, not when the data is encoded
-    depths = (student.num_hidden_layers, teacher.num_hidden_layers)
-    return Pair(
-        teacher_dir,
-        student_dir,
-        tokenizer,
-        vocab_size,
-        key_layers(config.mta, *depths) if config.mta is not None else (),
-        choose_method(config, vocab_size, *depths),
-    )
 
 
 def prepare(config: RunConfig) -> Run:
@@ -161,78 +113,6 @@ def prepare(config: RunConfig) -> Run:
         num_steps=num_steps,
         zero_stage=engine.zero_optimization_stage(),
     )
-
-
-def teacher_folder(config: RunConfig) -> Path:
-    """The teacher's folder; one with an adapter is merged into the run's cache, once."""
-    teacher = config.teacher
-    return distributed.on_rank_zero_first(
-        lambda: merged_folder(
-            resolve_model(teacher.path), teacher.adapter, config.run_dir / "cache", teacher.trust_remote_code
-        )
-    )
-
-
-def student_folder(config: RunConfig, teacher_dir: Path) -> Path:
-    """The folder the student starts from; a cut or random student is made in the run folder, once."""
-    source = config.student
-    if source.path is not None:
-        return resolve_model(source.path)
-    output = config.run_dir / "student_init"
-    if output.is_dir():
-        return output
-    if source.config is not None:
-        if not source.config.exists():
-            raise UserError(f"student.config: {source.config}: no such file")
-        return random_student(source.config, config.train.seed, teacher_dir, output)
-    assert source.teacher_layers is not None  # StudentConfig holds exactly one source
-    return cut_layers(teacher_dir, source.teacher_layers, output, config.teacher.trust_remote_code)
-
-
-def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, config: RunConfig) -> None:
-    """Token-level losses compare ids, so both tokenizers must give every id the same meaning."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        differing = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))
-        raise UserError(
-            f"teacher and student vocabularies differ ({len(theirs)} and {len(ours)} tokens; first difference: "
-            f"{differing[0]!r}); distil between models of one tokenizer"
-        )
-    for name in ("eos_token_id", "bos_token_id"):
-        if getattr(student, name) != getattr(teacher, name):
-            raise UserError(
-                f"teacher and student tokenizers disagree on {name}: "
-                f"{getattr(teacher, name)} and {getattr(student, name)}; make them equal in tokenizer_config.json"
-            )
-
-
-def key_layers(
-    options: KeyLayerOptions, num_student_layers: int, num_teacher_layers: int, section: str = "mta"
-) -> tuple[KeyLayer, ...]:
-    """The key layers that a section of the configuration chooses."""
-    return resolve_key_layers(
-        num_student_layers,
-        num_teacher_layers,
-        student_layers=options.student_layers,
-        teacher_layers=options.teacher_layers,
-        num_layers=options.num_layers,
-        stride=options.stride,
-        num_word_layers=options.num_word_layers if isinstance(options, MTAConfig) else 0,
-        section=section,
-    )
-
-
-def choose_method(config: RunConfig, vocab_size: int, num_student_layers: int, num_teacher_layers: int) -> Method:
-    """The base method of a run; one that compares layers takes MTA's unless it names its own."""
-    layers: dict[int, int] = {}
-    if isinstance(config.loss, FDDConfig):
-        own = config.mta is None or config.loss.names_layers
-        options, section = (config.loss, "loss") if own else (config.mta, "mta")
-        assert options is not None
-        chosen = key_layers(options, num_student_layers, num_teacher_layers, section)
-        layers = {layer.teacher: layer.student for layer in chosen}
-    tops = (num_student_layers, num_teacher_layers)
-    return make_method(config.loss, vocab_size, layers, tops, beside_mta=config.mta is not None)
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[EncodedDataset, EncodedDataset | None]:
@@ -288,9 +168,13 @@ def make_student_engine(config: RunConfig, pair: Pair) -> Any:
         train.gradient_clipping,
     )
     model = load_pretrained(pair.student_dir, train.dtype, engine_config, config.student.trust_remote_code)
+    if train.verify_weights:
+        verify_weights(model, pair.student_dir)
     if config.student.lora is not None:
         base = base_name(config.student.path, pair.student_dir)
         inject_adapters(model, config.student.lora, train.seed, base)
+    if config.student.mlp_chunk is not None:
+        chunk_mlps(model, config.student.mlp_chunk)
     if not train.dropout:
         switch_dropout_off(model)
     if train.gradient_checkpointing:
@@ -339,7 +223,15 @@ def make_teacher(config: RunConfig, pair: Pair) -> StreamingTeacher | None:
     if not needs_final and not layers:
         return None
     train = config.train
-    return load_teacher(pair.teacher_dir, config.teacher, train.dtype, train.micro_batch_size, layers, needs_final)
+    return load_teacher(
+        pair.teacher_dir,
+        config.teacher,
+        train.dtype,
+        train.micro_batch_size,
+        layers,
+        needs_final,
+        verify=train.verify_weights,
+    )
 
 
 def parameter_groups(distiller: Distiller, config: RunConfig) -> list[dict[str, Any]]:

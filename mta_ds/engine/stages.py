@@ -8,7 +8,8 @@ from typing import NamedTuple
 from mta_ds.data import PairCounts, write_pairs
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.setup import prepare, student_folder, teacher_folder
+from mta_ds.engine.pair import student_folder, teacher_folder
+from mta_ds.engine.setup import prepare
 from mta_ds.engine.train import export_student, resume
 from mta_ds.errors import UserError
 from mta_ds.evaluation import GeneratedManifest, evaluate, write_responses

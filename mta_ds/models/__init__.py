@@ -11,6 +11,7 @@ if not torch.accelerator.is_available():
 
 from mta_ds.models.adapters import merged_folder
 from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, state_width, truncate
+from mta_ds.models.chunked_mlp import chunk_mlps
 from mta_ds.models.initialise import copy_tokenizer, cut_layers, random_student
 from mta_ds.models.key_layers import KeyLayer, resolve_key_layers
 from mta_ds.models.loading import (
@@ -36,6 +37,7 @@ from mta_ds.models.lora import (
 )
 from mta_ds.models.partitions import gathered
 from mta_ds.models.teacher import PaddedBatch, StreamingTeacher, load_teacher, ragged
+from mta_ds.models.verify import verify_weights
 from mta_ds.models.whole import whole_copy
 from mta_ds.models.zero import student_config, teacher_config
 
@@ -52,6 +54,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_size",
     "base_name",
+    "chunk_mlps",
     "copy_tokenizer",
     "count_parameters",
     "cut_layers",
@@ -75,6 +78,7 @@ __all__ = [
     "student_config",
     "teacher_config",
     "truncate",
+    "verify_weights",
     "vocabulary_size",
     "whole_copy",
 ]

@@ -69,7 +69,7 @@ def cut_layers(teacher: Path, layers: Sequence[int] | int, output: Path, trust_r
                     save_file({new: tensors.get_tensor(n) for n, new in renames.items()}, folder / file.name, _METADATA)
             weight_map |= dict.fromkeys(renames.values(), file.name)
         _write_index(folder, weight_map)
-        _cut_config(config, kept).save_pretrained(folder)
+        cut_config(config, kept).save_pretrained(folder)
         copy_tokenizer(teacher, folder)
     return output
 
@@ -108,7 +108,8 @@ def _layer_pattern(config: PretrainedConfig) -> re.Pattern[str]:
     return re.compile(rf"(^|\.){re.escape(list_name)}\.(\d+)\.")
 
 
-def _cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """The config of the model that has only the layers ``kept`` (from 0)."""
     cut = copy.deepcopy(config)
     total = config.num_hidden_layers
     per_layer: Any = getattr(config, "layer_types", None)

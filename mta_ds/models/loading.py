@@ -7,6 +7,7 @@ noise for days. Here a missing, surplus or mismatched tensor is an error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -37,6 +38,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.model",
 )
+
+# glibc's numbers of two options of its malloc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 # Models that transform logits after the head: the divergence is computed from hidden states and heads alone.
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
@@ -65,6 +69,8 @@ class StudentConfig(Section):
     """Layers (from 0) of the teacher that the student starts from, or k for every k-th counted down from the top."""
     lora: LoraConfig | None = None
     """Train low-rank adapters beside the projections, the model's own weights frozen; null trains all weights."""
+    mlp_chunk: int | None = Field(default=None, ge=1)
+    """Run MLPs over so many tokens at a time: for long inputs, memory against about a fifth more student time."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON for the student's engine (ZeRO stage 1, 2 or 3); the default is ZeRO-3."""
     trust_remote_code: bool = False
@@ -146,7 +152,7 @@ def load_pretrained(
             plain product.
     """
     load_config(path, trust_remote_code)
-    with _zero3_loading(deepspeed_config), quiet_transformers():
+    with _zero3_loading(deepspeed_config), quiet_transformers(), _freed_memory_returned():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -191,6 +197,27 @@ def _zero3_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
         yield
     finally:
         del live
+
+
+@contextlib.contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """While open, glibc gives every large block back when it is freed; else it would keep much of the other partitions.
+
+    Each layer is whole for a moment as it is made and as it is filled, and glibc's heap grows around what stays: a rank
+    then holds up to twice its partition. Afterwards blocks are kept again, up to the sizes that glibc itself goes to:
+    a step that maps its buffers anew each time would be slower.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # not glibc
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mta_ds.models.body import CausalBody, decoder_layers, final_norm, truncate
 from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained
 from mta_ds.models.partitions import gathered, whole
+from mta_ds.models.verify import verify_weights
 from mta_ds.models.zero import teacher_config
 
 
@@ -105,6 +106,7 @@ def load_teacher(
     micro_batch_size: int,
     key_layers: Sequence[int],
     needs_final: bool,
+    verify: bool = False,
 ) -> StreamingTeacher:
     """Load the teacher into ZeRO-3 partitions and wrap it in its engine; torch.distributed must be initialised.
 
@@ -113,9 +115,12 @@ def load_teacher(
         key_layers: teacher layers that are handed out, in transformers' numbering.
         needs_final: whether the final state (for the divergence) is needed; if not, the teacher is cut after the last
             key layer.
+        verify: compare every loaded weight with its file.
     """
     engine_config = teacher_config(config.deepspeed, dtype, micro_batch_size)
     model = load_pretrained(folder, dtype, engine_config, config.trust_remote_code)
+    if verify:
+        verify_weights(model, folder)
     model.requires_grad_(False)
     model.eval()
     num_layers = len(decoder_layers(model))

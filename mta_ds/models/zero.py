@@ -87,7 +87,31 @@ def teacher_config(path: Path | None, dtype: Dtype, micro_batch_size: int) -> di
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise UsageError(f"{path}: zero_optimization.stage is {stage}; a frozen teacher runs under stage 3 only")
+    check_offload(path, config["zero_optimization"].get("offload_param") or {})
     return config | _precision(dtype) | {"train_micro_batch_size_per_gpu": micro_batch_size}
+
+
+def check_offload(path: Path | None, offload: dict[str, Any]) -> None:
+    """Refuse an ``offload_param`` that DeepSpeed would find out about when the model is half loaded.
+
+    Raises:
+        UsageError: another device than cpu, nvme and none; nvme without a folder, or where async_io cannot be built.
+    """
+    device = offload.get("device", "none")
+    if device not in ("none", "cpu", "nvme"):
+        raise UsageError(f"{path}: offload_param.device is '{device}'; choose cpu, nvme or none")
+    if device != "nvme":
+        return
+    folder = offload.get("nvme_path")
+    if folder is None or not Path(folder).is_dir():
+        raise UsageError(f"{path}: offload_param.nvme_path: {folder or 'missing'}; name a folder on the NVMe disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UsageError(
+            f"{path}: offload_param.device nvme needs DeepSpeed's async_io, which cannot be built here "
+            "(libaio's headers: libaio-dev or libaio-devel); install them, or set device: cpu"
+        )
 
 
 def _precision(dtype: Dtype) -> dict[str, Any]:

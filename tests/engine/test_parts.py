@@ -21,7 +21,8 @@ from mta_ds.config import load
 from mta_ds.engine import RunConfig, TrainConfig, distributed
 from mta_ds.engine.health import StepGuard
 from mta_ds.engine.metrics import MetricsLog
-from mta_ds.engine.setup import number_of_steps, student_folder, switch_dropout_off
+from mta_ds.engine.pair import student_folder
+from mta_ds.engine.setup import number_of_steps, switch_dropout_off
 from mta_ds.engine.stopping import StopWatch
 from mta_ds.engine.train import is_due, schedule_factor
 from mta_ds.engine.validation import rank_batches

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from mta_ds.config import load
 from mta_ds.data import SpanStore, StepLoader, build_dataset
 from mta_ds.engine import RunConfig
-from mta_ds.engine.setup import prepare_pair, set_seed
+from mta_ds.engine.pair import prepare_pair
+from mta_ds.engine.setup import set_seed
 from mta_ds.losses import MTALoss
 from mta_ds.models import CausalBody, load_pretrained, load_tokenizer
 

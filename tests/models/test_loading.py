@@ -161,3 +161,31 @@ def test_deepspeed_json_may_not_say_what_the_yaml_says(tmp_path: Path) -> None:
     path.write_text("{]")
     with pytest.raises(UsageError, match="not valid JSON"):
         teacher_config(path, "float32", 1)
+
+
+@pytest.mark.parametrize(
+    ("offload", "message"),
+    [
+        ({"device": "disk"}, r"offload_param\.device is 'disk'; choose cpu, nvme or none"),
+        ({"device": "nvme"}, r"nvme_path: missing; name a folder"),
+        ({"device": "nvme", "nvme_path": "/nowhere/at/all"}, r"nvme_path: /nowhere/at/all; name a folder"),
+    ],
+)
+def test_offload_that_cannot_work_is_refused_before_loading(tmp_path: Path, offload: dict, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
+    with pytest.raises(UsageError, match=message):
+        teacher_config(path, "float32", 1)
+
+
+def test_nvme_offload_needs_async_io(tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    path = tmp_path / "ds.json"
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        assert teacher_config(path, "float32", 1)["zero_optimization"]["offload_param"] == offload
+        return
+    with pytest.raises(UsageError, match="needs DeepSpeed's async_io, which cannot be built here"):
+        teacher_config(path, "float32", 1)

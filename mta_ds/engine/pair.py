@@ -1,0 +1,137 @@
+"""The two models of a run as folders, before any weight is loaded: found, made or merged, and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mta_ds.engine import distributed
+from mta_ds.engine.config import RunConfig
+from mta_ds.errors import UserError
+from mta_ds.losses import FDDConfig, KeyLayerOptions, Method, MTAConfig, make_method
+from mta_ds.models import (
+    KeyLayer,
+    Tokenizer,
+    adapter_size,
+    cut_layers,
+    load_config,
+    load_tokenizer,
+    merged_folder,
+    random_student,
+    resolve_key_layers,
+    resolve_model,
+    vocabulary_size,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two models of a run as folders, before any weight is loaded."""
+
+    teacher_dir: Path
+    student_dir: Path
+    tokenizer: Tokenizer
+    vocab_size: int
+    key_layers: tuple[KeyLayer, ...]
+    """MTA's; none with MTA off."""
+    method: Method
+
+
+def prepare_pair(config: RunConfig) -> Pair:
+    """Resolve both models, make the student's starting folder if need be, and check that they fit each other.
+
+    Raises:
+        UserError: a folder is missing, the vocabularies or EOS differ, or a key layer does not exist.
+    """
+    teacher_dir = teacher_folder(config)
+    student_dir = distributed.on_rank_zero_first(lambda: student_folder(config, teacher_dir))
+    tokenizer = load_tokenizer(student_dir, config.student.trust_remote_code)
+    check_same_vocabulary(tokenizer, load_tokenizer(teacher_dir, config.teacher.trust_remote_code), config)
+    vocab_size = vocabulary_size(tokenizer)
+    teacher, student = load_config(teacher_dir), load_config(student_dir)
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model.vocab_size < vocab_size:
+            raise UserError(f"{name}: the model has {model.vocab_size} embeddings, its tokenizer {vocab_size} ids")
+    if config.student.lora is not None:
+        adapter_size(student, config.student.lora)  # finds a wrong target now, not when the data is encoded
+    depths = (student.num_hidden_layers, teacher.num_hidden_layers)
+    return Pair(
+        teacher_dir,
+        student_dir,
+        tokenizer,
+        vocab_size,
+        key_layers(config.mta, *depths) if config.mta is not None else (),
+        choose_method(config, vocab_size, *depths),
+    )
+
+
+def teacher_folder(config: RunConfig) -> Path:
+    """The teacher's folder; one with an adapter is merged into the run's cache, once."""
+    teacher = config.teacher
+    return distributed.on_rank_zero_first(
+        lambda: merged_folder(
+            resolve_model(teacher.path), teacher.adapter, config.run_dir / "cache", teacher.trust_remote_code
+        )
+    )
+
+
+def student_folder(config: RunConfig, teacher_dir: Path) -> Path:
+    """The folder the student starts from; a cut or random student is made in the run folder, once."""
+    source = config.student
+    if source.path is not None:
+        return resolve_model(source.path)
+    output = config.run_dir / "student_init"
+    if output.is_dir():
+        return output
+    if source.config is not None:
+        if not source.config.exists():
+            raise UserError(f"student.config: {source.config}: no such file")
+        return random_student(source.config, config.train.seed, teacher_dir, output)
+    assert source.teacher_layers is not None  # StudentConfig holds exactly one source
+    return cut_layers(teacher_dir, source.teacher_layers, output, config.teacher.trust_remote_code)
+
+
+def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, config: RunConfig) -> None:
+    """Token-level losses compare ids, so both tokenizers must give every id the same meaning."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))
+        raise UserError(
+            f"teacher and student vocabularies differ ({len(theirs)} and {len(ours)} tokens; first difference: "
+            f"{differing[0]!r}); distil between models of one tokenizer"
+        )
+    for name in ("eos_token_id", "bos_token_id"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise UserError(
+                f"teacher and student tokenizers disagree on {name}: "
+                f"{getattr(teacher, name)} and {getattr(student, name)}; make them equal in tokenizer_config.json"
+            )
+
+
+def key_layers(
+    options: KeyLayerOptions, num_student_layers: int, num_teacher_layers: int, section: str = "mta"
+) -> tuple[KeyLayer, ...]:
+    """The key layers that a section of the configuration chooses."""
+    return resolve_key_layers(
+        num_student_layers,
+        num_teacher_layers,
+        student_layers=options.student_layers,
+        teacher_layers=options.teacher_layers,
+        num_layers=options.num_layers,
+        stride=options.stride,
+        num_word_layers=options.num_word_layers if isinstance(options, MTAConfig) else 0,
+        section=section,
+    )
+
+
+def choose_method(config: RunConfig, vocab_size: int, num_student_layers: int, num_teacher_layers: int) -> Method:
+    """The base method of a run; one that compares layers takes MTA's unless it names its own."""
+    layers: dict[int, int] = {}
+    if isinstance(config.loss, FDDConfig):
+        own = config.mta is None or config.loss.names_layers
+        options, section = (config.loss, "loss") if own else (config.mta, "mta")
+        assert options is not None
+        chosen = key_layers(options, num_student_layers, num_teacher_layers, section)
+        layers = {layer.teacher: layer.student for layer in chosen}
+    tops = (num_student_layers, num_teacher_layers)
+    return make_method(config.loss, vocab_size, layers, tops, beside_mta=config.mta is not None)
