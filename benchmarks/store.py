@@ -52,7 +52,7 @@ class Sizes:
     few_trees: int  # ... and of the one that gets trees
 
 
-FULL = Sizes(rows=200_000, lookups=1_000_000, documents=200, few_words=3_000, few_trees=250)
+FULL = Sizes(rows=200_000, lookups=1_000_000, documents=200, few_words=3_000, few_trees=600)
 SMALL = Sizes(rows=500, lookups=2_000, documents=20, few_words=50, few_trees=20)
 
 

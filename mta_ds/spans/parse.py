@@ -26,14 +26,14 @@ from mta_ds.files import atomic_path, sha256, write_atomic
 from mta_ds.spans.log import Progress, write_inputs
 from mta_ds.spans.merge import complete_part, merge, missing_parts, read_identity, reject_log
 from mta_ds.spans.parser import BF16, best_device, load_parser
-from mta_ds.spans.pool import Parsing, open_pool
+from mta_ds.spans.pool import Parsing, open_pool, share_memory_pool
 from mta_ds.spans.records import Record, Reject, local_files, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
 from mta_ds.spans.segment import SEGMENTATION
 from mta_ds.spans.store import ROWS_PER_GROUP, SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, part_name
 
 # Words that are held until they are written: bounds memory whatever the texts' length.
-_WORDS_PER_GROUP = 250_000
+_WORDS_PER_GROUP = 50_000
 
 
 class ParseConfig(Section):
@@ -87,6 +87,7 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
             f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
         )
     _refuse_output_in_input(config)
+    share_memory_pool()
     device = best_device()
     if device == "cpu" and (config.parser or "").startswith(BF16) and not torch.cpu._is_avx512_bf16_supported():
         raise UserError(f"parser: {BF16} this CPU multiplies bf16 over a hundred times slower than fp32; leave it out")

@@ -5,6 +5,7 @@ Each worker owns a parser and one core. A worker ends when its pipe does, so non
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Protocol
 
+import pyarrow as pa
 import torch
 
 from mta_ds.errors import UserError
@@ -27,6 +29,7 @@ from mta_ds.spans.rows import Field, Parsed, parse_fields
 # Units that a worker has at hand while it parses another: it never waits for the reader.
 _AHEAD = 2
 _SECONDS_TO_END = 5.0
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 
 class Parsing(Protocol):
@@ -77,7 +80,7 @@ class _Lazy:
 
     def _parse(self, fields: Sequence[Field]) -> Parsed:
         with _one_thread():
-            return parse_fields(fields, self._parser)
+            return _parse(fields, self._parser)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -158,6 +161,19 @@ class ParserPool:
             self._results[ticket] = parsed
 
 
+def _parse(fields: Sequence[Field], parser: Parser) -> Parsed:
+    """Parse a unit, then give back what its tensors, all of other sizes, have left in holes: memory stays flat."""
+    parsed = parse_fields(fields, parser)
+    if _trim is not None:
+        _trim(0)
+    return parsed
+
+
+def share_memory_pool() -> None:
+    """Let Arrow use the C library's memory, as torch does: of two pools each keeps what the other could use."""
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
 class _Worker:
     """One process, its pipe, and the tickets it has."""
 
@@ -200,12 +216,13 @@ def _work(pipe: Connection, spec: str | None, device: str) -> None:
     """A worker: units from a thread that always reads, so that a parent never waits to hand one over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     torch.set_num_threads(1)
+    share_memory_pool()
     units: SimpleQueue[list[Field] | None] = SimpleQueue()
     threading.Thread(target=_read, args=(pipe, units), daemon=True).start()
     try:
         parser = load_parser(spec, device)
         while (fields := units.get()) is not None:
-            pipe.send(parse_fields(fields, parser))
+            pipe.send(_parse(fields, parser))
     except UserError as error:
         pipe.send(error)
     except OSError:
