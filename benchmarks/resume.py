@@ -63,7 +63,7 @@ def run(config: Path, run_dir: Path, nproc: int) -> subprocess.Popen[bytes]:
 def kill_once(config: Path, run_dir: Path, nproc: int, randomness: random.Random) -> str:
     """Kill one process of the run a moment after its next steps or in its next save; returns in what it was."""
     launcher = run(config, run_dir, nproc)
-    phase, step = randomness.choice(["step", "save", "save", "validate", "load"]), randomness.randint(0, 1)
+    phase, step = randomness.choice(["step", "step", "save", "save", "save", "validate"]), randomness.randint(0, 1)
     first = None
     while launcher.poll() is None:
         beat = heartbeat(run_dir)

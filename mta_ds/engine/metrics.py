@@ -23,12 +23,14 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None = None) -> None:
-        self._metrics = _open_cut(run_dir / "metrics.jsonl", resume_step)
-        self._perf = _open_cut(run_dir / "perf.jsonl", resume_step)
+        # a run without a checkpoint begins anew, with the validation before its first step
+        kept = resume_step if resume_step > 0 else -1
+        self._metrics = _open_cut(run_dir / "metrics.jsonl", kept)
+        self._perf = _open_cut(run_dir / "perf.jsonl", kept)
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run logged beyond the checkpoint it resumes from
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=kept + 1)
         self._wandb = _open_wandb(wandb_project, run_dir) if wandb_project is not None else None
 
     def write(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:

@@ -68,6 +68,16 @@ def test_a_resumed_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     assert len((tmp_path / "perf.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_run_that_died_before_its_first_checkpoint_is_logged_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = MetricsLog(tmp_path, 0)
+        log.write(0, {"validation/loss": 2.0}, {})
+        log.write(1, {"loss": 1.0}, {"seconds": 1.0})
+        log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+
+
 def test_dropout_goes_from_modules_and_attributes() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
