@@ -1,11 +1,13 @@
-"""The whole training step: with MTA and without it, and with few and many teacher layers.
+"""The whole training step: against its floor and in parts, with MTA and without, with few and many teacher layers.
 
-    python benchmarks/step.py --json rows.json                  # both cases, some ten minutes on two cores
-    python benchmarks/step.py --cases mta --demo-folder runs/demo_pair    # made once
+    python benchmarks/step.py --json rows.json                  # all cases, some fifteen minutes on two cores
+    python benchmarks/step.py --cases floor --demo-folder runs/demo_pair    # made once
 
-Every run is one rank of ``mta-ds train`` in a process of its own, stopped as soon as it has logged its last measured
-step; step times are those of its perf.jsonl. Memory is the high-water mark of anonymous memory over the measured
-steps: a mapped weight file is no copy.
+Case "floor" compares one rank of the demo's pair with both models' bare bodies, heads, backward and AdamW (see
+``parts.py``), in turns, and says what the step's time goes into. In the other cases every run is one rank of
+``mta-ds train`` in a process of its own, stopped as soon as it has logged its last measured step; step times are those
+of its perf.jsonl. Memory is the high-water mark of anonymous memory over the measured steps: a mapped weight file is
+no copy.
 """
 
 from __future__ import annotations
@@ -22,17 +24,32 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from common import Row, anonymous_peak_bytes, bounded, machine_row, options, pin_threads, report, reset_peak
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from common import (
+    Row,
+    anonymous_peak_bytes,
+    bounded,
+    machine_row,
+    measure,
+    options,
+    peak_bytes,
+    pin_threads,
+    report,
+    reset_peak,
+    time_ratio,
+)
+from parts import OTHER, PARTS, make_floor, make_step
+from tokenizer import train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mta_ds.demo import ASSETS, CONFIG, STUDENT_LAYERS, unpack_teacher
+from mta_ds.demo import ASSETS, render_config, unpack_teacher
 from mta_ds.launch.local import rank_environment
 from mta_ds.spans.parse import ParseConfig, parse
 
 WARM_UP_STEPS = 3
 MEASURED_STEPS = 5
 SECONDS_ALLOWED = 900
+STEP_BOUND = 1.15
+STUDENTS = ("ZeRO-3", "ZeRO-2")
 # partitions everything and keeps nothing gathered, so that what grows with the teacher is its partition alone
 PARTITION_ALL = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
 # glibc maps blocks from this size on and unmaps them when they are freed; what it would keep of the weights' loading
@@ -45,6 +62,11 @@ class Steps(NamedTuple):
 
     seconds: list[float]
     peak_bytes: int
+    """Of anonymous memory."""
+    resident_bytes: int
+    """The peak with mapped files, as far as they were in memory."""
+    rows: list[dict[str, Any]]
+    """What the run said of each measured step."""
 
 
 def run_steps(config: dict[str, Any], run_dir: Path, variables: dict[str, str] | None = None) -> Steps:
@@ -54,22 +76,27 @@ def run_steps(config: dict[str, Any], run_dir: Path, variables: dict[str, str] |
         variables: added to the process' environment.
     """
     run_dir.mkdir(parents=True)
-    config = config | {"run_dir": str(run_dir)}
-    config_path, log_path, perf_path = run_dir / "run.yaml", run_dir / "log.txt", run_dir / "perf.jsonl"
-    config_path.write_text(yaml.safe_dump(config))
+    config_path = run_dir / "run.yaml"
+    config_path.write_text(yaml.safe_dump(config | {"run_dir": str(run_dir)}))
+    return watch_steps([sys.executable, "-m", "mta_ds", "train", str(config_path)], run_dir, variables)
+
+
+def watch_steps(command: list[str], run_dir: Path, variables: dict[str, str] | None = None) -> Steps:
+    """Start a command that appends a row with "seconds" to ``run_dir``/perf.jsonl after each step; end it in time."""
+    log_path, perf_path = run_dir / "log.txt", run_dir / "perf.jsonl"
     with log_path.open("w") as log:
-        command = [sys.executable, "-m", "mta_ds", "train", str(config_path)]
         environment = rank_environment(0, 1, free_port()) | (variables or {})
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_for_step(WARM_UP_STEPS, perf_path, process, log_path)
             reset_peak(process.pid)
             rows = wait_for_step(WARM_UP_STEPS + MEASURED_STEPS, perf_path, process, log_path)
-            peak = anonymous_peak_bytes(process.pid)
+            anonymous, resident = anonymous_peak_bytes(process.pid), peak_bytes(process.pid)
         finally:
             process.kill()
             process.wait()
-    return Steps([row["seconds"] for row in rows[WARM_UP_STEPS : WARM_UP_STEPS + MEASURED_STEPS]], peak)
+    measured = rows[WARM_UP_STEPS : WARM_UP_STEPS + MEASURED_STEPS]
+    return Steps([row["seconds"] for row in measured], anonymous, resident, measured)
 
 
 def wait_for_step(step: int, perf: Path, process: subprocess.Popen[bytes], log: Path) -> list[dict[str, Any]]:
@@ -90,13 +117,48 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def with_and_without_mta(folder: Path, pair: Path, repeats: int) -> list[Row]:
-    """The demo's pair and data, with MTA and with ``mta: null``, in turns."""
+def demo_config(pair: Path) -> dict[str, Any]:
+    """The run of the demo, its teacher and parses made in ``pair`` unless they are there."""
     unpack_teacher(pair / "teacher")
-    text = CONFIG.format(run_dir=pair, assets=ASSETS, layers=list(STUDENT_LAYERS), steps=1000)
-    config = yaml.safe_load(text)
+    config: dict[str, Any] = yaml.safe_load(render_config(pair, steps=1000, method="kd"))
     parse(ParseConfig(**config["parse"]))
     config["data"]["validation"] = []  # scored before the first step; nothing that is measured here
+    return config
+
+
+def against_the_floor(folder: Path, pair: Path, repeats: int) -> list[Row]:
+    """The step with MTA, under the demo's ZeRO-3 and with the student under ZeRO-2, and the floor; then its parts."""
+    config = demo_config(pair)
+    zero2 = {"stage": 2, "reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
+    (folder / "zero2.json").write_text(json.dumps({"zero_optimization": zero2}))
+    students = {"ZeRO-3": config["student"], "ZeRO-2": config["student"] | {"deepspeed": str(folder / "zero2.json")}}
+    paths = {name: folder / f"{name}.yaml" for name in students}
+    for name, student in students.items():
+        paths[name].write_text(yaml.safe_dump(config | {"student": student}))
+    contestants = {"floor": (make_floor, paths["ZeRO-3"])}
+    found = measure(contestants | {name: (make_step, path) for name, path in paths.items()}, repeats)
+    rows = [Row("bare bodies, heads, backward, AdamW: the floor", found["floor"].median_seconds, "s")]
+    for name in STUDENTS:
+        step = f"demo step, student {name}"
+        rows.append(Row(step, found[name].median_seconds, "s"))
+        rows.append(bounded(f"{step} / floor", time_ratio(found[name], found["floor"]), "<=", STEP_BOUND))
+        rows += parts_of(step, paths[name])
+    return rows
+
+
+def parts_of(step: str, config_path: Path) -> list[Row]:
+    """What a step's time goes into, measured in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("parts.py")), str(config_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    whole = sum(seconds.values())
+    rows = [Row(f"{step}: {name}", 1000 * seconds[name], "ms") for name in (*PARTS, OTHER)]
+    return [*rows, bounded(f"{step}: loader / step", 100 * seconds["loader"] / whole, "<=", 1.0, "%")]
+
+
+def with_and_without_mta(folder: Path, pair: Path, repeats: int) -> list[Row]:
+    """The demo's pair and data, with MTA and with ``mta: null``, in turns."""
+    config = demo_config(pair)
     variants = {"on": config, "off": config | {"mta": None}}
     runs: dict[str, list[Steps]] = {name: [] for name in variants}
     for i in range(repeats):
@@ -125,7 +187,7 @@ def teacher_depth(folder: Path) -> list[Row]:
     records = folder / "train.jsonl"
     records.write_text("\n".join((ASSETS / "train.jsonl").read_text().splitlines()[:64]) + "\n")
     parse(ParseConfig(inputs=(str(records),), output=folder / "spans"))
-    tokenizer = train_tokenizer(records.read_text())
+    tokenizer = train_tokenizer(records.read_text().splitlines())
     make_model(folder / "student", 4, tokenizer)
     rows, rest = [], {}
     for layers in (12, 48):
@@ -170,20 +232,7 @@ def make_model(folder: Path, layers: int, tokenizer: PreTrainedTokenizerFast) ->
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 1,000 tokens: small heads, so that layers are what a model is made of."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(text.splitlines(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
-
-
-CASES = ("mta", "teacher_depth")
+CASES = ("floor", "mta", "teacher_depth")
 
 
 def main() -> None:
@@ -196,9 +245,11 @@ def main() -> None:
     rows = [machine_row(arguments.threads)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        pair = (arguments.demo_folder or folder / "demo").resolve()
+        if "floor" in arguments.cases:
+            rows += against_the_floor(folder, pair, arguments.repeats)
         if "mta" in arguments.cases:
-            pair = arguments.demo_folder or folder / "demo"
-            rows += with_and_without_mta(folder, pair.resolve(), arguments.repeats)
+            rows += with_and_without_mta(folder, pair, arguments.repeats)
         if "teacher_depth" in arguments.cases:
             rows += teacher_depth(folder)
     report("Training step", rows, arguments.json)

@@ -112,10 +112,11 @@ def assert_equals_a_plain_loop(run_dir: Path, metrics: list[dict[str, float]], w
                 "train__gradient_checkpointing": True,
             },
         ),
+        (1, {"train__micro_batch_size": 1, "train__gradient_accumulation_steps": 4}),
         (2, {"train__micro_batch_size": 2, "student__deepspeed": "stage1"}),
         (2, {"train__micro_batch_size": 2, "student__deepspeed": "stage2"}),
     ],
-    ids=["ranks", "accumulation", "both-checkpointed", "zero1", "zero2"],
+    ids=["ranks", "accumulation", "both-checkpointed", "one-by-one", "zero1", "zero2"],
 )
 def test_a_step_does_not_depend_on_how_it_is_split(pair, one_rank, tmp_path: Path, nproc: int, changes: dict) -> None:
     stage = changes.get("student__deepspeed")

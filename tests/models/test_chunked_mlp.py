@@ -12,7 +12,13 @@ from mta_ds.models import chunk_mlps
 SIZES = {
     "llama": {"hidden_size": 16, "intermediate_size": 88, "num_attention_heads": 2, "num_hidden_layers": 3},
     "gpt2": {"n_embd": 16, "n_inner": 88, "n_head": 2, "n_layer": 3, "n_positions": 64},
-    "qwen2": {"hidden_size": 16, "intermediate_size": 88, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3},
+    "qwen2": {
+        "hidden_size": 16,
+        "intermediate_size": 88,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+    },
 }
 
 
