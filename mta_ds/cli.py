@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from mta_ds.cli_slurm import app as slurm_app
 from mta_ds.errors import UsageError, UserError
 from mta_ds.launch.local import follow_parent, launch
 
@@ -23,9 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(slurm_app, name="slurm")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that override the file: section.key=value ...")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that override the file: section.key=value ..., or @FILE of them.")
+]
 NumRanks = Annotated[
     int | None,
     typer.Option("--nproc", min=1, help="Local ranks to start; under torchrun or srun leave it out."),
@@ -59,10 +63,11 @@ def train(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks =
     if nproc is not None:
         _launch("train", config, overrides, nproc)
     from mta_ds.config import load
-    from mta_ds.engine import RunConfig
+    from mta_ds.engine import RunConfig, shutdown
     from mta_ds.engine import train as run
 
     finished = run(load(config, RunConfig, overrides or ()))
+    shutdown()
     sys.exit(0 if finished else 75)
 
 
@@ -176,9 +181,10 @@ def export(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks 
     if nproc is not None:
         _launch("export", config, overrides, nproc)
     from mta_ds.config import load
-    from mta_ds.engine import RunConfig, export_checkpoint
+    from mta_ds.engine import RunConfig, export_checkpoint, shutdown
 
     print(export_checkpoint(load(config, RunConfig, overrides or ())))
+    shutdown()
 
 
 @app.command()
@@ -230,6 +236,44 @@ def inspect(
         print(text.encode(encoding, "replace").decode(encoding))  # a batch log may be plain ASCII
         if html is not None:
             print(f"\n{write_page(html, inspection, weights)}")
+
+
+@app.command()
+def tune(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Predict, run nothing; needs no weights.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="a100-40, a100-80, h100-80, ...; else this node's own.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a node; ranks, where there is no GPU.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GB of a GPU.")] = None,
+    host_memory: Annotated[float | None, typer.Option(min=1, help="GB of a node's own memory.")] = None,
+    intra: Annotated[float | None, typer.Option(min=0.1, help="GB/s that a GPU receives from its node.")] = None,
+    inter: Annotated[float | None, typer.Option(min=0.1, help="GB/s that a node receives from others.")] = None,
+    efficiency: Annotated[float | None, typer.Option(min=0.01, max=1, help="Share of the peak rate reached.")] = None,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Samples a step; else the file's, a rank.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Plans to run for real.")] = 3,
+    minutes: Annotated[float, typer.Option(min=0.1, help="A trial's time.")] = 20,
+) -> None:
+    """Choose ZeRO stages, offloads, buckets and micro-batch for both models; writes <run_dir>/tune."""
+    from mta_ds.config import load
+    from mta_ds.engine import RunConfig
+    from mta_ds.tuning import TuneOptions, choose_machine
+    from mta_ds.tuning import tune as run
+
+    machine = choose_machine(
+        plan_only,
+        gpu=gpu,
+        gpus_per_node=gpus,
+        num_nodes=nodes,
+        memory=gpu_memory,
+        host_memory=host_memory,
+        intra=intra,
+        inter=inter,
+        efficiency=efficiency,
+    )
+    options = TuneOptions(0 if plan_only else trials, minutes, global_batch)
+    print(run(load(config, RunConfig, overrides or ()), machine, options))
 
 
 @app.command()

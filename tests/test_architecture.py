@@ -24,8 +24,10 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"models", "data", "losses"},
     "engine": {"losses", "models", "data", "spans", "evaluation"},
     "launch": set(),
+    "tuning": {"engine", "models", "data", "losses", "ops"},  # of the ops it reads how much they take at once
     "demo": {"spans", "data", "models", "engine", "evaluation", "launch"},
-    "cli": {"spans", "data", "models", "engine", "evaluation", "launch", "demo"},
+    "cli": {"spans", "data", "models", "engine", "evaluation", "launch", "demo", "cli_slurm", "tuning"},
+    "cli_slurm": {"spans", "engine", "evaluation", "launch"},
     "__main__": {"cli"},
     "__init__": {"spans", "data", "engine", "evaluation", "losses", "demo"},
 }

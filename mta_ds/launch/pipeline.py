@@ -1,0 +1,203 @@
+"""Stages of a run as Slurm jobs: submit them with their dependencies, remember them, cancel them.
+
+    <run_dir>/slurm/jobs.json       what was submitted, the last stages last
+                    run.yaml        the configuration as it was then (a copy under its own name)
+                    site.env        what the jobs read about the cluster (a copy)
+                    logs/           one a job, or a task of an array; restarts append
+                    restarts.json   see launch/guard.py
+
+A job needs no folder but this one, and what its configuration names.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from mta_ds.config import Section
+from mta_ds.errors import UserError
+from mta_ds.files import write_atomic
+from mta_ds.launch import slurm
+from mta_ds.launch.scripts import SITE, Given, Job, log_pattern, sbatch_command
+
+
+class Submission(Section):
+    """A job that was submitted."""
+
+    stage: str
+    job_id: str
+    seconds: float
+    """When, since the epoch."""
+    log: str
+    command: tuple[str, ...]
+    shards: tuple[int, ...] | None
+    markers: tuple[str, ...]
+
+
+class _JobsFile(Section):
+    submissions: tuple[Submission, ...] = ()
+
+
+class RunFolder(Section):
+    """The one thing that following a run needs of its YAML."""
+
+    model_config = ConfigDict(extra="ignore")
+    run_dir: Path
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has to make."""
+
+    stage: str
+    shards: tuple[int, ...] | None
+    """Those that are missing; None for a stage without shards."""
+    markers: tuple[str, ...]
+    """Files or folders that are there once a shard is complete, in the order of ``shards``; or the one of the stage."""
+
+
+def find_script(stage: str, scripts: Path | None) -> Path:
+    """The script of a stage: in ``scripts``, else in ./slurm, else in the project's own folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    places = [scripts] if scripts is not None else [Path("slurm"), Path(__file__).parents[2] / "slurm"]
+    for place in places:
+        if (place / f"{stage}.sbatch").is_file():
+            return (place / f"{stage}.sbatch").absolute()
+    looked = " or ".join(str(place) for place in places)
+    raise UserError(f"no {stage}.sbatch in {looked}; name the folder of the job scripts with --scripts")
+
+
+def make_job(work: Work, run_dir: Path, config: Path, given: Given, script: Path) -> Job:
+    """The job that makes ``work``; it reads the copy of ``config`` that :func:`submit` leaves in the run folder."""
+    home = folder(run_dir)
+    return Job(
+        stage=work.stage,
+        script=script,
+        arguments=(str(home / config.name), *given.overrides),
+        name=f"mta-{work.stage} {run_dir.absolute().name}",
+        log=log_pattern(home / "logs", work.stage, is_array=work.shards is not None),
+        options=given.for_stage(work.stage),
+        shards=work.shards,
+        markers=work.markers,
+    )
+
+
+def without_alive(run_dir: Path, works: Sequence[Work], alone: bool) -> list[Work]:
+    """``works`` without the shards that wait or run already, and without what then has nothing to make.
+
+    Args:
+        alone: whether nothing at all of the run may wait or run.
+
+    Raises:
+        UserError: something waits or runs that must not be submitted twice.
+    """
+    left = []
+    running = alive(run_dir)
+    for each, _ in running:
+        if alone or any(work.stage == each.stage and work.shards is None for work in works):
+            raise UserError(
+                f"{run_dir}: {each.stage} (job {each.job_id}) still waits or runs; 'mta-ds slurm status' says how it "
+                "stands, 'mta-ds slurm cancel' ends it"
+            )
+    for work in works:
+        if work.shards is None:
+            left.append(work)
+            continue
+        busy = {task for each, tasks in running if each.stage == work.stage for task in tasks}
+        pairs = [pair for pair in zip(work.shards, work.markers, strict=True) if pair[0] not in busy]
+        if pairs:
+            shards, markers = zip(*pairs, strict=True)
+            left.append(Work(work.stage, shards, markers))
+    return left
+
+
+def folder(run_dir: Path) -> Path:
+    """Where all that concerns a run's Slurm jobs lies."""
+    return run_dir.absolute() / "slurm"
+
+
+def submit(run_dir: Path, jobs: Sequence[Job], config: Path, site: Path) -> list[Submission]:
+    """Copy ``config`` and ``site`` (a ``site.env``) to the run folder and submit ``jobs``, each after the one before.
+
+    Raises:
+        UserError: sbatch refuses one of them; those before it are cancelled again. Or the run folder cannot be written.
+    """
+    home = folder(run_dir)
+    try:
+        (home / "logs").mkdir(parents=True, exist_ok=True)
+        write_atomic(home / config.name, config.read_bytes())
+        write_atomic(home / "site.env", site.read_bytes())
+    except OSError as error:
+        raise UserError(f"{error.filename or home}: {error.strerror}") from None
+    earlier = read(run_dir)
+    made: list[Submission] = []
+    for job in jobs:
+        command = sbatch_command(job, made[-1].job_id if made else None)
+        try:
+            job_id = slurm.submit(command, {SITE: str(home / "site.env")})
+        except UserError as error:
+            if made:
+                slurm.cancel(each.job_id for each in made)
+                _write(run_dir, earlier)
+            raise UserError(f"{job.stage}: {error}") from None
+        made.append(
+            Submission(
+                stage=job.stage,
+                job_id=job_id,
+                seconds=time.time(),
+                log=job.log,
+                command=tuple(command),
+                shards=job.shards,
+                markers=job.markers,
+            )
+        )
+        _write(run_dir, [*earlier, *made])
+    return made
+
+
+def read(run_dir: Path) -> list[Submission]:
+    """All that was submitted for a run, in order.
+
+    Raises:
+        UserError: the list is damaged.
+    """
+    path = folder(run_dir) / "jobs.json"
+    try:
+        return list(_JobsFile.model_validate(json.loads(path.read_text(encoding="utf-8"))).submissions)
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove it, and look for the run's jobs with squeue") from None
+
+
+def alive(run_dir: Path) -> list[tuple[Submission, tuple[int, ...]]]:
+    """Submissions that wait or run, each with its tasks that do (none for what is no array)."""
+    submissions = read(run_dir)
+    tasks = slurm.query([each.job_id for each in submissions])
+    found = []
+    for each in submissions:
+        numbers = [number for (job, number), task in tasks.items() if job == each.job_id and task.is_alive]
+        if numbers:
+            found.append((each, tuple(number for number in numbers if number is not None)))
+    return found
+
+
+def cancel(run_dir: Path) -> list[str]:
+    """Cancel whatever of a run waits or runs, last stages first; returns the jobs."""
+    job_ids = [each.job_id for each, _ in reversed(alive(run_dir))]
+    if job_ids:
+        slurm.cancel(job_ids)
+    return job_ids
+
+
+def _write(run_dir: Path, submissions: Sequence[Submission]) -> None:
+    text = _JobsFile(submissions=tuple(submissions)).model_dump_json(indent=1)
+    write_atomic(folder(run_dir) / "jobs.json", text + "\n")

@@ -1,0 +1,374 @@
+"""Jobs on a real Slurm of two nodes: a pipeline with a killed task, a failing one, a disturbed training, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import io
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from slurm_cluster import Cluster, missing_programs, wait_for
+from support import read_metrics, write_config
+
+from mta_ds.cli import main
+from mta_ds.launch import pipeline
+from mta_ds.launch.guard import newest_step
+from mta_ds.launch.slurm import Task, parse_sacct
+
+STEPS = 12
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+# what the scripts ask of a cluster's nodes, cut down to these; a name that a shell would take apart
+SMALL = ("--cpus-per-task=1", "--ntasks-per-node=1", "--gpus-per-node=0", '--job-name=it\'s "a" $(job)')
+TWO_NODES = "train:--nodes=2"
+
+# most of a test is the start of Python in jobs, on a machine that may do other things meanwhile
+pytestmark = pytest.mark.timeout(6000)
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if missing := missing_programs():
+        pytest.skip(f"Slurm is not installed here: no {', '.join(missing)}")
+    if getpass.getuser() != "root":
+        pytest.skip("a Slurm of our own can be started by root alone")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    before = os.environ.copy()
+    os.environ |= cluster.environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        os.environ.clear()
+        os.environ |= before
+
+
+@pytest.fixture(scope="session")
+def mta_ds() -> Command:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", ["mta-ds", *map(str, arguments)])
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+        return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+
+    return run
+
+
+class Finished(NamedTuple):
+    """A pipeline that came to its end, the second time it was submitted."""
+
+    run_dir: Path
+    config: Path
+    first: dict[str, str]
+    """States of the first attempt's jobs and tasks: ``parse_0``, ..., ``check``, ..."""
+    told: str
+    """What status said after it."""
+    dry: str
+    """What --dry-run said before the second attempt."""
+    states: dict[str, str]
+    """Of the second attempt."""
+
+
+def write_run(pair: Path, root: Path, run_dir: Path, **changes: object) -> Path:
+    """A run's YAML that parses into ``root``/spans."""
+    values = {
+        "parse": {
+            "inputs": [str(pair / "train.jsonl"), str(pair / "heldout.jsonl")],
+            "output": str(root / "spans"),
+            "num_shards": 4,
+        },
+        "data__spans": str(root / "spans"),
+        "train__steps": STEPS,
+        "train__save_every": 4,
+        "train__micro_batch_size": 2,
+        "evaluation": {"max_length": 40, "max_prompt_length": 24, "seeds": [10], "max_records": 2},
+    }
+    return write_config(pair, run_dir, **(values | changes))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose name a shell would take apart."""
+    folder = tmp_path_factory.mktemp("runs") / 'it\'s "mine"; $(x) 100%j'
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(cluster: Cluster, mta_ds: Command, pair: Path, root: Path) -> Finished:
+    """A pipeline of which a task of the parse was killed, and which was then submitted again."""
+    run_dir = root / "run a"
+    config = write_run(pair, root, run_dir)
+    assert mta_ds("slurm", "pipeline", config, *SMALL, TWO_NODES)[0] == 0
+    first = ids(run_dir)
+    task = f"{first['parse']}_2"
+    wait_for(lambda: f"{task}.0" in cluster.steps(), f"a step of {task}", cluster.root)
+    cluster.kill(task)
+    states = states_by_stage(cluster, first)
+    told = mta_ds("slurm", "status", config)[1]
+    dry = mta_ds("slurm", "pipeline", config, *SMALL, TWO_NODES, "--dry-run")[1]
+    assert mta_ds("slurm", "pipeline", config, *SMALL, TWO_NODES)[0] == 0
+    return Finished(run_dir, config, states, told, dry, states_by_stage(cluster, ids(run_dir)))
+
+
+def ids(run_dir: Path) -> dict[str, str]:
+    """The last job of each stage."""
+    return {each.stage: each.job_id for each in pipeline.read(run_dir)}
+
+
+def states_by_stage(cluster: Cluster, jobs: dict[str, str]) -> dict[str, str]:
+    """Wait for the jobs; their states and their tasks' by stage instead of number."""
+    stages = {job_id: stage for stage, job_id in jobs.items()}
+    ended = cluster.wait(*stages)
+    return {name.replace(name.partition("_")[0], stages[name.partition("_")[0]], 1): ended[name] for name in ended}
+
+
+def test_a_killed_task_stops_the_rest_and_status_says_so(finished: Finished) -> None:
+    parses = {f"parse_{i}": "FAILED" if i == 2 else "COMPLETED" for i in range(4)}
+    assert finished.first == parses | dict.fromkeys(("check", "train", "evaluate"), "CANCELLED")
+    for words in ("3 COMPLETED, 1 FAILED", "missing shards: 2\n", "task 2: FAILED: ", "an earlier stage failed"):
+        assert words in finished.told, finished.told
+
+
+def test_the_same_command_submits_only_what_is_missing(finished: Finished, pair: Path, mta_ds: Command) -> None:
+    assert finished.states == dict.fromkeys(("parse_2", "check", "train", "evaluate"), "COMPLETED")
+    parses = [each for each in pipeline.read(finished.run_dir) if each.stage == "parse"]
+    assert [each.shards for each in parses] == [(0, 1, 2, 3), (2,)]
+    assert "--array=2" in parses[1].command
+    assert len(read_metrics(finished.run_dir)) >= STEPS
+    assert (finished.run_dir / "evaluation" / "after.json").is_file()
+    store, whole = (
+        json.loads((folder / "manifest.json").read_text())
+        for folder in (finished.run_dir.parent / "spans", pair / "spans")
+    )
+    assert store["counts"] == whole["counts"] and len(store["parts"]) == 4
+    told = mta_ds("slurm", "status", finished.run_dir)[1]
+    assert "parse     4 COMPLETED" in told and "train     COMPLETED" in told and f"step {STEPS}  " in told, told
+
+
+def test_a_dry_run_prints_what_is_then_run(finished: Finished) -> None:
+    commands = [each.command for each in pipeline.read(finished.run_dir)[4:]]
+    assert len(commands) == len(finished.dry.splitlines()) == 4
+    for line, command in zip(finished.dry.splitlines(), commands, strict=True):
+        stage, _, rest = line.removesuffix(")").partition("=$(")
+        words = [word for word in shlex.split(rest) if not word.startswith(("MTA_DS_SITE=", "--dependency="))]
+        assert words == [word for word in command if not word.startswith("--dependency=")], stage
+
+
+def test_logs_lie_in_the_run_folder(finished: Finished) -> None:
+    logs = finished.run_dir / "slurm" / "logs"
+    jobs = ids(finished.run_dir)
+    for name in (f"parse-{jobs['parse']}_2", *(f"{stage}-{jobs[stage]}" for stage in ("check", "train", "evaluate"))):
+        assert (logs / f"{name}.log").is_file(), sorted(logs.iterdir())
+    assert "student ← teacher" in (logs / f"check-{jobs['check']}.log").read_text()
+
+
+def test_requeued_and_at_its_time_limit_a_training_ends_as_if_undisturbed(
+    cluster: Cluster, mta_ds: Command, pair: Path, root: Path, finished: Finished
+) -> None:
+    run_dir = root / "run b"
+    config = write_run(pair, root, run_dir)
+    submitted = mta_ds("slurm", "train", config, *SMALL, "--nodes=2", "--time=60", "--signal=B:USR1@90")
+    assert submitted[0] == 0, submitted
+    job = ids(run_dir)["train"]
+    log = run_dir / "slurm" / "logs" / f"train-{job}.log"
+
+    # Ranks that stand still after the first steps let Slurm's own clock run; it looks every half minute.
+    freeze_after(cluster, run_dir, job, step=2)
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_so_far(cluster, job) + 1}")
+    wait_for(lambda: "told to stop" in log.read_text(), "the signal of the time limit", cluster.root)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # no race against the end itself
+    cluster.run("scancel", "--signal=CONT", job)
+    wait_for(lambda: cluster.jobs(job)[job] == "PENDING", "the requeue", cluster.root)
+    saved = newest_step(run_dir)
+    assert 2 <= saved < STEPS - 4
+    start_again(cluster, job)
+
+    freeze_after(cluster, run_dir, job, step=saved + 5)  # and so after another checkpoint
+    cluster.run("scontrol", "requeue", job)
+    assert saved < newest_step(run_dir) < STEPS
+    start_again(cluster, job)
+
+    assert cluster.wait(job) == {job: "COMPLETED"}
+    told = mta_ds("slurm", "status", config)[1]
+    assert f"train     COMPLETED (job {job}, 2 restarts)" in told, told
+    assert (run_dir / "metrics.jsonl").read_bytes() == (finished.run_dir / "metrics.jsonl").read_bytes()
+    weights, expected = (load_file(each / "export" / "model.safetensors") for each in (run_dir, finished.run_dir))
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def start_again(cluster: Cluster, job: str) -> None:
+    """Wait until a job is requeued, and spare it the two minutes that Slurm would let it wait."""
+    wait_for(lambda: cluster.jobs(job)[job] == "PENDING", "the requeue", cluster.root)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def freeze_after(cluster: Cluster, run_dir: Path, job: str, step: int) -> None:
+    """Stop a job's ranks, without their knowledge, once they have logged ``step``."""
+    metrics = run_dir / "metrics.jsonl"
+
+    def has_come() -> bool:
+        assert cluster.jobs(job)[job] not in ("FAILED", "CANCELLED", "COMPLETED")
+        return metrics.is_file() and any(row["step"] >= step for row in read_metrics(run_dir))
+
+    wait_for(has_come, f"step {step}", cluster.root)
+    cluster.run("scancel", "--signal=STOP", job)
+
+
+def minutes_so_far(cluster: Cluster, job: str) -> int:
+    """How long a job has run, in minutes, rounded up."""
+    *_, minutes, _ = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
+    return int(minutes) + 1
+
+
+def test_a_failing_stage_stops_the_rest_and_status_says_why(
+    cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path
+) -> None:
+    records = tmp_path / "bad.jsonl"
+    records.write_text('{"prompt": "a", "response": "b"}\n{"prompt":\n')
+    parse = {"inputs": [str(records)], "output": str(tmp_path / "spans"), "parser": "none"}
+    config = write_run(pair, tmp_path, tmp_path / "run", parse=parse)
+    assert mta_ds("slurm", "pipeline", config, *SMALL)[0] == 0
+    states = states_by_stage(cluster, ids(tmp_path / "run"))
+    assert states == {"parse_0": "FAILED"} | dict.fromkeys(("check", "train", "evaluate"), "CANCELLED")
+    told = mta_ds("slurm", "status", config)[1]
+    assert f"task 0: FAILED: mta-ds: error: {records}:2: " in told, told
+
+
+def test_cancelled_stays_cancelled(cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path) -> None:
+    """A job that is cancelled while its ranks run is told to stop, too, and must not requeue itself."""
+    config = write_run(pair, tmp_path, tmp_path / "run", mta=None, data__spans=None)
+    assert mta_ds("slurm", "train", config, *SMALL)[0] == 0
+    job = ids(tmp_path / "run")["train"]
+    wait_for(lambda: f"{job}.0" in cluster.steps(), "its step", cluster.root)
+    code, _, err = mta_ds("slurm", "train", config, *SMALL)
+    assert code == 1 and f"train (job {job}) still waits or runs" in err
+    assert mta_ds("slurm", "cancel", tmp_path / "run")[1] == f"cancelled {job}\n"
+    assert cluster.wait(job) == {job: "CANCELLED"}
+    assert mta_ds("slurm", "cancel", config)[1] == "nothing waits or runs\n"
+
+
+def test_restarts_without_progress_come_to_an_end(
+    cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path
+) -> None:
+    """The site's hook starts ranks that stop at once, as under a time limit that is too short for a step."""
+    config = write_run(pair, tmp_path, tmp_path / "run")
+    shutil.copytree(SCRIPTS, tmp_path / "my scripts")
+    with open(tmp_path / "my scripts" / "site.env", "a") as site:
+        site.write('\nstop() { [[ $1 == slurm ]] && exec mta-ds "$@"; exit 75; }\nexport -f stop\n')
+        site.write("MTA_DS=(bash -c 'stop \"$@\"' stop)\n")
+    options = (*SMALL, "--nodes=2", "--scripts", tmp_path / "my scripts")
+    assert mta_ds("slurm", "train", config, *options)[0] == 0
+    job = ids(tmp_path / "run")["train"]
+    log = tmp_path / "run" / "slurm" / "logs" / f"train-{job}.log"
+    for restart in range(3):
+
+        def has_stopped(requeues: int = restart + 1) -> bool:
+            return log.is_file() and log.read_text().count("requeued, to go on") == requeues
+
+        wait_for(has_stopped, f"stop {restart}", cluster.root)
+        start_again(cluster, job)
+    assert cluster.wait(job) == {job: "FAILED"}
+    assert (
+        f"job {job} was restarted 3 times without a new checkpoint after step 0" in mta_ds("slurm", "status", config)[1]
+    )
+
+
+def test_tasks_on_their_way_are_left_alone(cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path) -> None:
+    config = write_run(pair, tmp_path, tmp_path / "run")
+    later = (*SMALL, "--begin=now+1hour")
+    for number, (change, said) in enumerate(
+        [
+            ("parse.num_shards=3", "shards 0-2"),
+            ("parse.num_shards=3", "on its way"),
+            ("parse.num_shards=5", "shards 3-4"),
+        ]
+    ):
+        code, out, err = mta_ds("slurm", "parse", config, change, *later)
+        assert code == 0 and said in out, (number, out, err)
+    told = mta_ds("slurm", "status", config)[1]
+    assert "5 PENDING" in told and "missing shards: 0-4" in told and "waits: BeginTime" in told, told
+    code, _, err = mta_ds("slurm", "pipeline", config, *later)
+    assert code == 1 and "still waits or runs" in err
+    mta_ds("slurm", "cancel", config)
+    assert "5 CANCELLED" in mta_ds("slurm", "status", config)[1]
+
+
+def test_what_sbatch_refuses_is_said_whole_and_leaves_nothing(
+    cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path
+) -> None:
+    config = write_run(pair, tmp_path, tmp_path / "run")
+    code, _, err = mta_ds("slurm", "pipeline", config, *SMALL, "--begin=now+1hour", "train:--partition=no where")
+    assert code == 1 and len(err.splitlines()) == 1
+    for words in (
+        "mta-ds: error: train: sbatch: error: invalid partition specified: no where; ",
+        "sbatch: error: Batch job submission failed: Invalid partition name specified; ",
+        "--partition, --account",
+    ):
+        assert words in err, err
+    assert pipeline.read(tmp_path / "run") == []
+    assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_without_slurm_there_is_one_line(
+    mta_ds: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_run(pair, tmp_path, tmp_path / "run")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = mta_ds("slurm", "parse", config)
+    assert code == 1 and err == (
+        "mta-ds: error: parse: sbatch: not found; 'mta-ds slurm' is for the login node of a Slurm cluster\n"
+    )
+    code, out, _ = mta_ds("slurm", "parse", config, "--dry-run")
+    assert code == 0 and "--array=0-3" in out
+    code, _, err = mta_ds("slurm", "status", config)
+    assert code == 1 and "no Slurm jobs" in err
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "stages", "words"),
+    [
+        ("generate", [], ["generate"], ["--array=0-7", "generate.sbatch"]),
+        ("generate", ["generation.num_shards=3", "--array=1"], ["generate"], ["--array=0-2", "--array=1"]),
+        ("evaluate", ["-p", "gpu"], ["evaluate"], ["-p gpu", "evaluate.sbatch"]),
+        ("pipeline", ["parse=null"], ["check", "train", "evaluate"], ['--dependency=afterok:"$train"']),
+        ("pipeline", ["train:-N2"], ["parse", "check", "train", "evaluate"], ["-N2"]),
+    ],
+)
+def test_dry_runs_need_no_slurm(
+    mta_ds: Command, pair: Path, tmp_path: Path, stage: str, options: list[str], stages: list[str], words: list[str]
+) -> None:
+    config = write_run(pair, tmp_path, tmp_path / "run")
+    code, out, err = mta_ds("slurm", stage, config, *options, "--dry-run")
+    assert code == 0, err
+    assert [line.partition("=$(MTA_DS_SITE=")[0] for line in out.splitlines()] == stages
+    for word in words:
+        assert sum(word in line for line in out.splitlines()) == 1, out
+    assert not (tmp_path / "run" / "slurm").exists()
+
+
+def test_accounting_is_read_where_a_cluster_has_it() -> None:
+    text = "12_0|COMPLETED\n12_3|CANCELLED by 1000\n13|NODE_FAIL\n14_[4-7]|PENDING\n"
+    assert parse_sacct(text) == {
+        ("12", 0): Task("COMPLETED"),
+        ("12", 3): Task("CANCELLED"),
+        ("13", None): Task("NODE_FAIL"),
+    }

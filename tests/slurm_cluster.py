@@ -1,0 +1,194 @@
+"""A real Slurm for tests: two nodes on loopback, without cgroups, on ports that are free and under names of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mta_ds.launch.slurm import FINISHED_BADLY
+
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+NODES = ("c1", "c2")
+
+CONFIGURATION = """\
+ClusterName=ci
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={root}/run/munge.sock
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd-%n.pid
+SlurmdSpoolDir={root}/%n
+StateSaveLocation={root}/state
+SlurmctldLogFile={root}/log/ctld.log
+SlurmdLogFile={root}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=5
+ReturnToService=2
+SlurmdParameters=config_overrides
+KillWait=5
+MinJobAge=100000
+JobRequeue=1
+MailProg=/bin/true
+{nodes}
+PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Cluster:
+    """munged, slurmctld and one slurmd a node, in a folder of their own; commands find them by ``environment``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {"SLURM_CONF": str(root / "slurm.conf")}
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Write the configuration, start the daemons, and wait until both nodes are idle."""
+        for folder in ("run", "log", "state", *NODES):
+            (self.root / folder).mkdir(parents=True, mode=0o755)
+        ports = _free_ports(1 + len(NODES))
+        host = socket.gethostname().partition(".")[0]
+        nodes = "\n".join(
+            f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=2 RealMemory=1000 State=UNKNOWN"
+            for name, port in zip(NODES, ports[1:], strict=True)
+        )
+        text = CONFIGURATION.format(
+            root=self.root, host=host, user=getpass.getuser(), ports=ports, nodes=nodes, names=",".join(NODES)
+        )
+        (self.root / "slurm.conf").write_text(text)
+        key = self.root / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        names = {"socket": "run/munge.sock", "pid-file": "run/munged.pid", "log-file": "log/munged.log"}
+        files = [f"--{option}={self.root / name}" for option, name in names.items()]
+        self._spawn("munged", "--foreground", "--force", f"--key-file={key}", f"--seed-file={self.root}/seed", *files)
+        wait_for(lambda: (self.root / "run" / "munge.sock").exists(), "munged", self.root)
+        conf = str(self.root / "slurm.conf")
+        self._spawn("slurmctld", "-D", "-f", conf)
+        for name in NODES:
+            self._spawn("slurmd", "-D", "-f", conf, "-N", name)
+        wait_for(self._all_idle, "Slurm's nodes", self.root)
+
+    def stop(self) -> None:
+        """End whatever jobs are left, every daemon, and what then still lives."""
+        self.run("scancel", "--user", getpass.getuser(), check=False)
+        with contextlib.suppress(pytest.fail.Exception):
+            wait_for(lambda: self.run("squeue", "--noheader", check=False) == "", "the end of all jobs", self.root, 30)
+        self.run("scontrol", "shutdown", check=False)
+        for daemon in reversed(self._daemons):
+            if daemon.args[0] == "munged":  # type: ignore[index]  # the only one that Slurm does not end itself
+                daemon.terminate()
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        mine = f"SLURM_CONF={self.root}/slurm.conf\0".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if int(process.name) != os.getpid() and mine in (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """What a command of this cluster prints."""
+        environment = os.environ | self.environment
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout
+
+    def jobs(self, job: str) -> dict[str, str]:
+        """State of a job, or of each task of an array, by number."""
+        lines = self.run("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i %T")
+        return dict(line.split() for line in lines.splitlines())
+
+    def steps(self) -> list[str]:
+        """The steps that run now, as ``12.0`` or ``12_3.0``."""
+        return self.run("squeue", "--steps", "--noheader", "--format=%i").split()
+
+    def kill(self, job: str) -> None:
+        """SIGKILL to the processes of a one-node job's (or task's) first step, behind Slurm's back."""
+        number, node = self.run("squeue", "--noheader", f"--jobs={job}", "--format=%A %N").split()
+        for line in self.run("scontrol", "listpids", f"{number}.0", node).splitlines()[1:]:
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+
+    def wait(self, *jobs: str, seconds: float = 3000) -> dict[str, str]:
+        """Wait until jobs have ended, for good or ill; the states of all their tasks."""
+
+        def ended() -> bool:
+            states.clear()
+            for job in jobs:
+                states.update(self.jobs(job))
+            return set(states.values()) <= FINISHED_BADLY | {"COMPLETED"}
+
+        states: dict[str, str] = {}
+        wait_for(ended, f"jobs {' '.join(jobs)}", self.root, seconds)
+        return states
+
+    def _all_idle(self) -> bool:
+        return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * len(NODES)
+
+    def _spawn(self, *command: str) -> None:
+        name = f"{command[0]}-{len(self._daemons)}"
+        path = os.environ["PATH"] + os.pathsep + "/usr/sbin"
+        with open(self.root / "log" / f"{name}.out", "wb") as output:
+            self._daemons.append(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | self.environment | {"PATH": path},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            )
+
+
+def missing_programs() -> list[str]:
+    """What a machine lacks to run a Slurm."""
+    path = os.environ["PATH"] + os.pathsep + "/usr/sbin"
+    return [name for name in NEEDED if shutil.which(name, path=path) is None]
+
+
+def wait_for(condition: Callable[[], bool], what: str, root: Path, seconds: float = 2000) -> None:
+    """Wait until ``condition`` holds; a test that waits in vain fails with the ends of the logs in ``root``/log."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = "\n".join(
+                f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in sorted((root / "log").iterdir())
+            )
+            pytest.fail(f"{what}: not there after {seconds:.0f} s\n{logs}")
+        time.sleep(0.2)
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
