@@ -27,13 +27,25 @@ Schema = TypeVar("Schema", bound=Section)
 
 
 def load(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
-    """Read ``path`` as YAML, apply ``a.b=value`` overrides (values in YAML syntax) and validate against ``schema``.
+    """Read ``path`` as YAML, apply overrides in their order and validate against ``schema``.
+
+    Args:
+        overrides: ``a.b=value``, the value in YAML syntax, or ``@FILE``, a YAML file of some sections' settings.
 
     Raises:
         UsageError: the file is missing or no YAML mapping, an override is malformed, or a key or value is wrong;
             one line with the file, the key and the nearest fix.
     """
-    path = Path(path)
+    values = _read_mapping(Path(path))
+    for override in overrides:
+        if override.startswith("@"):
+            _merge(values, _read_mapping(Path(override[1:])))
+        else:
+            _apply_override(values, override)
+    return validate(values, schema, where=str(path))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such config file")
     try:
@@ -44,9 +56,16 @@ def load(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Sch
         values = {}
     if not isinstance(values, dict):
         raise UsageError(f"{path}: the top level must be a mapping of sections, found {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return validate(values, schema, where=str(path))
+    return values
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put ``changes`` into ``values``, mapping into mapping."""
+    for key, change in changes.items():
+        if isinstance(change, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], change)
+        else:
+            values[key] = change
 
 
 def validate(values: dict[str, Any], schema: type[Schema], where: str) -> Schema:

@@ -62,3 +62,20 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, overrides: list[str], 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such config file"):
         load(tmp_path / "none.yaml", Outer)
+
+
+def test_a_file_of_settings_overrides_in_its_place(tmp_path: Path) -> None:
+    class Part(Section):
+        a: int = 1
+        b: int = 2
+
+    class Whole(Section):
+        part: Part = Part()
+
+    run, changes = tmp_path / "run.yaml", tmp_path / "changes.yaml"
+    run.write_text("part: {a: 5, b: 6}")
+    changes.write_text("part: {a: 7}")
+    assert load(run, Whole, [f"@{changes}"]).part == Part(a=7, b=6)
+    assert load(run, Whole, ["part.a=8", f"@{changes}", "part.b=9"]).part == Part(a=7, b=9)
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such config file"):
+        load(run, Whole, [f"@{tmp_path / 'nowhere.yaml'}"])

@@ -20,6 +20,7 @@ _GPU_BYTES = 1 << 30
 _MIN_TOKENS = 32  # and a multiple of it: the products' own tiles
 # Rows of a low-precision head that are in fp32 at a time where the CPU multiplies.
 _SLAB_ROWS = 2048
+_MIXED = (torch.bfloat16, torch.float16)
 
 
 def total_dtype(like: Tensor) -> torch.dtype:
@@ -40,10 +41,23 @@ def chunk_tokens(vocab_size: int, like: Tensor, chunk_bytes: int | None, layers:
             student's where it has its own dtype.
         chunk_bytes: memory for all of a chunk's matrices; None: the device's default.
     """
+    return chunk_shape(vocab_size, like.dtype, like.is_cuda, chunk_bytes, layers)[0]
+
+
+def chunk_shape(
+    vocab_size: int, dtype: torch.dtype, is_cuda: bool, chunk_bytes: int | None = None, layers: int = 1
+) -> tuple[int, int]:
+    """:func:`chunk_tokens` of states in ``dtype`` before there are any, and the bytes of each token's matrices.
+
+    Args:
+        chunk_bytes, layers: as there.
+    """
     if chunk_bytes is None:
-        chunk_bytes = _GPU_BYTES if like.is_cuda else _CPU_BYTES
-    size = 2 * total_dtype(like).itemsize + (like.element_size() if _has_mixed_products(like) else 0)
-    return max(1, chunk_bytes // (layers * size * vocab_size * _MIN_TOKENS)) * _MIN_TOKENS
+        chunk_bytes = _GPU_BYTES if is_cuda else _CPU_BYTES
+    total = torch.float64 if dtype == torch.float64 else torch.float32
+    own_gradient = is_cuda and dtype in _MIXED
+    size = layers * vocab_size * (2 * total.itemsize + (dtype.itemsize if own_gradient else 0))
+    return max(1, chunk_bytes // (size * _MIN_TOKENS)) * _MIN_TOKENS, size
 
 
 def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
@@ -77,7 +91,7 @@ def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> Non
 
 def _has_mixed_products(like: Tensor) -> bool:
     """Whether low-precision factors give an fp32 product: the tensor cores' own sums, not rounded."""
-    return like.is_cuda and like.dtype in (torch.bfloat16, torch.float16)
+    return like.is_cuda and like.dtype in _MIXED
 
 
 def _slabs(head: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -92,7 +92,7 @@ class Projector:
         """
         values = torch.empty_like(weights)
         # chunks of one size: a small rest would run at half the speed
-        num_chunks = max(1, -(-len(weights) // (_GPU_TOKENS if student.is_cuda else _CPU_TOKENS)))
+        num_chunks = max(1, -(-len(weights) // hid_chunk_tokens(student.is_cuda)))
         size = -(-len(weights) // num_chunks)
         for first in range(0, len(weights), max(1, size)):
             chunk = slice(first, min(first + size, len(weights)))
@@ -104,6 +104,11 @@ class Projector:
     def gradient(self) -> Tensor:
         """∂/∂W of the sum over all batches so far, [d_T, d_S] in the accumulating dtype; call it once, at the end."""
         return self._way.projection_gradient()
+
+
+def hid_chunk_tokens(is_cuda: bool) -> int:
+    """The most tokens that are projected at once."""
+    return _GPU_TOKENS if is_cuda else _CPU_TOKENS
 
 
 def gram_pays(num_tokens: int, d_teacher: int, d_student: int) -> bool:

@@ -112,7 +112,7 @@ def align_layer(
             student_weights,
             None if teacher_weights is None else accumulating(teacher_weights[group.tokens]),
         )
-        for group in layout.groups(_tokens_at_once(student))
+        for group in layout.groups(tokens_at_once(student.is_cuda))
     ]
     found = found._replace(hid_projection=projector.gradient().to(projection.dtype))
     if not parts:
@@ -209,7 +209,7 @@ class _Attach(torch.autograd.Function):
         dtype = hid_tokens.dtype
         by_dsa, by_hid = upstream[0], upstream[2].to(dtype)
         student = hid_tokens.new_empty(layout.num_tokens, hid_tokens.shape[1])
-        for group in layout.groups(_tokens_at_once(student)):
+        for group in layout.groups(tokens_at_once(student.is_cuda)):
             rows, spans, members = student[group.tokens], group.spans, group.layout.members
             rows.copy_(pool_gradient(dsa_spans[spans], weights[group.tokens], mass[spans], members, by_dsa))
             covered = hid_tokens[group.covered]
@@ -220,8 +220,9 @@ class _Attach(torch.autograd.Function):
         return student, hid_projection * by_hid.to(hid_projection.dtype), None
 
 
-def _tokens_at_once(tensor: Tensor) -> int:
-    return _GPU_TOKENS if tensor.is_cuda else _CPU_TOKENS
+def tokens_at_once(is_cuda: bool) -> int:
+    """Tokens, in whole sequences, that are worked on at once."""
+    return _GPU_TOKENS if is_cuda else _CPU_TOKENS
 
 
 def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout, weights: Tensor | None) -> None:
