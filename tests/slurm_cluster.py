@@ -123,6 +123,12 @@ class Cluster:
         lines = self.run("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i %T")
         return dict(line.split() for line in lines.splitlines())
 
+    def restarts(self, job: str) -> tuple[str, int]:
+        """State of a job that is no array, and how often it was started again."""
+        line = self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--Format=State:|,RestartCnt:|")
+        state, restarts, *_ = line.split("|")
+        return state, int(restarts)
+
     def steps(self) -> list[str]:
         """The steps that run now, as ``12.0`` or ``12_3.0``."""
         return self.run("squeue", "--steps", "--noheader", "--format=%i").split()
@@ -133,7 +139,7 @@ class Cluster:
         for line in self.run("scontrol", "listpids", f"{number}.0", node).splitlines()[1:]:
             os.kill(int(line.split()[0]), signal.SIGKILL)
 
-    def wait(self, *jobs: str, seconds: float = 3000) -> dict[str, str]:
+    def wait(self, *jobs: str, seconds: float = 900) -> dict[str, str]:
         """Wait until jobs have ended, for good or ill; the states of all their tasks."""
 
         def ended() -> bool:
@@ -171,7 +177,7 @@ def missing_programs() -> list[str]:
     return [name for name in NEEDED if shutil.which(name, path=path) is None]
 
 
-def wait_for(condition: Callable[[], bool], what: str, root: Path, seconds: float = 2000) -> None:
+def wait_for(condition: Callable[[], bool], what: str, root: Path, seconds: float = 300) -> None:
     """Wait until ``condition`` holds; a test that waits in vain fails with the ends of the logs in ``root``/log."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"models", "data", "losses"},
     "engine": {"losses", "models", "data", "spans", "evaluation"},
     "launch": set(),
-    "tuning": {"engine", "models", "data", "losses", "ops"},  # of the ops it reads how much they take at once
+    "tuning": {"engine", "models", "data", "losses", "ops", "launch"},  # of the ops it reads how much they take at once
     "demo": {"spans", "data", "models", "engine", "evaluation", "launch"},
     "cli": {"spans", "data", "models", "engine", "evaluation", "launch", "demo", "cli_slurm", "tuning"},
     "cli_slurm": {"spans", "engine", "evaluation", "launch"},

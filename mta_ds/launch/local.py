@@ -43,7 +43,8 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     Returns:
         0 if every rank did, else the exit code of the rank that failed first (128 + n for signal n).
     """
-    _build_extensions()
+    if num_ranks > 1:
+        _build_extensions()
     port = _free_port()
     command = [sys.executable, "-m", "mta_ds", *arguments]
     ranks = [

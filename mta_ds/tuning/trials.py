@@ -25,6 +25,7 @@ from mta_ds.config import dump
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.pair import student_folder, teacher_folder
 from mta_ds.files import write_atomic
+from mta_ds.launch.local import PARENT
 from mta_ds.losses import DistiLLMConfig
 from mta_ds.tuning.machine import Machine
 from mta_ds.tuning.memory import Plan
@@ -194,14 +195,17 @@ def _without_cuts(config: RunConfig) -> RunConfig:
 
 def _run(arguments: list[str], machine: Machine, folder: Path, seconds: float) -> tuple[int | None, str]:
     """Run a command of ours on all ranks, in a process group of its own; its exit code, None if time was over."""
-    command = [sys.executable, "-m", "mta_ds", *arguments]
+    command, environment = [sys.executable, "-m", "mta_ds", *arguments], dict(os.environ)
     if "SLURM_JOB_ID" in os.environ:  # the allocation's tasks are the ranks
         command = ["srun", "--kill-on-bad-exit=1", f"--ntasks={machine.num_ranks}", *command]
     else:
         command += ["--nproc", str(machine.num_ranks)]
+        environment[PARENT] = str(os.getpid())  # should tune be killed, its trial ends too
     log = folder / "log.txt"
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
