@@ -78,7 +78,7 @@ def test_a_log_lies_where_sbatch_was_told_to_write_it() -> None:
         scripts.log_pattern(Path("/a\\b"), "train", is_array=False)
 
 
-@pytest.mark.parametrize("stage", scripts.STAGES)
+@pytest.mark.parametrize("stage", [*scripts.STAGES, "tune"])
 def test_every_stage_has_a_script(stage: str) -> None:
     text = (FOLDER / f"{stage}.sbatch").read_text(encoding="utf-8")
     assert f'"${{MTA_DS[@]}}" {stage} ' in text and '"$@"' in text
