@@ -179,8 +179,8 @@ def test_logs_lie_in_the_run_folder(finished: Finished) -> None:
     assert "student ← teacher" in (logs / f"check-{jobs['check']}.log").read_text()
 
 
-# Seen once: Slurm showed the requeued job as FAILED, and it is not known yet whether that passes. Until it is, this test
-# tells and does not stop a build.
+# Seen once: Slurm showed the requeued job as FAILED, and it is not known yet whether that passes. Until it is, this
+# test tells and does not stop a build.
 @pytest.mark.xfail(strict=False, reason="a requeued job was seen as FAILED")
 def test_requeued_and_at_its_time_limit_a_training_ends_as_if_undisturbed(
     cluster: Cluster, mta_ds: Command, pair: Path, root: Path, finished: Finished
