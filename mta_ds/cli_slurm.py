@@ -168,9 +168,10 @@ def _works(stages: Sequence[str], config: Path, overrides: Sequence[str], run_di
             if run.parse is not None:
                 works.append(_work_of_shards(stage, run.parse.output, run.parse.num_shards, complete_part))
         elif stage == "generate":
+            from mta_ds.engine import generated_folder
             from mta_ds.evaluation.generated import complete_part as complete_answers
 
-            output = run.generation.output or run_dir / "generated" / Path(run.generation.model).name
+            output = generated_folder(run)
             works.append(_work_of_shards(stage, output, run.generation.num_shards, complete_answers))
         else:
             works.append(Work(stage, None, (str(ends[stage].absolute()),)))

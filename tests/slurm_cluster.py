@@ -111,6 +111,11 @@ class Cluster:
                 if int(process.name) != os.getpid() and mine in (process / "environ").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
 
+    def logs(self) -> str:
+        """The ends of the daemons' logs, for a test that fails."""
+        files = sorted((self.root / "log").iterdir())
+        return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in files)
+
     def run(self, *command: str, check: bool = True) -> str:
         """What a command of this cluster prints."""
         environment = os.environ | self.environment
@@ -182,10 +187,7 @@ def wait_for(condition: Callable[[], bool], what: str, root: Path, seconds: floa
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            logs = "\n".join(
-                f"== {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in sorted((root / "log").iterdir())
-            )
-            pytest.fail(f"{what}: not there after {seconds:.0f} s\n{logs}")
+            pytest.fail(f"{what}: not there after {seconds:.0f} s\n{Cluster(root).logs()}")
         time.sleep(0.2)
 
 

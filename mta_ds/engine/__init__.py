@@ -3,7 +3,7 @@
 from mta_ds.engine.check import check
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distributed import shutdown
-from mta_ds.engine.stages import evaluate_run, export_checkpoint, generate_run
+from mta_ds.engine.stages import evaluate_run, export_checkpoint, generate_run, generated_folder
 from mta_ds.engine.train import train
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "evaluate_run",
     "export_checkpoint",
     "generate_run",
+    "generated_folder",
     "shutdown",
     "train",
 ]

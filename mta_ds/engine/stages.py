@@ -38,7 +38,7 @@ def generate_run(config: RunConfig, shard_index: int | None = None, pair_with: s
     """
     generation = config.generation
     folder, trusted = _answering_model(config)
-    output = generation.output or config.run_dir / "generated" / Path(generation.model).name
+    output = generated_folder(config)
     manifest = write_responses(
         folder,
         generation.inputs or config.data.train,
@@ -52,6 +52,12 @@ def generate_run(config: RunConfig, shard_index: int | None = None, pair_with: s
     if manifest is None or pair_with is None:
         return Generated(output, manifest, None)
     return Generated(output, manifest, write_pairs([pair_with], [str(output)], output / "pairs.jsonl"))
+
+
+def generated_folder(config: RunConfig) -> Path:
+    """Where :func:`generate_run` writes."""
+    generation = config.generation
+    return generation.output or config.run_dir / "generated" / Path(generation.model).name
 
 
 def _answering_model(config: RunConfig) -> tuple[Path, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def _chosen(chosen: Candidate, machine: Machine, correction: Correction, folder:
         "",
         next_bottleneck(chosen),
         "",
-        f"Use it: `mta-ds train CONFIG @{folder / 'override.yaml'}`",
+        f"Use it: `mta-ds train CONFIG {shlex.quote(f'@{folder}/override.yaml')}`",
         "",
         *parts,
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,6 @@ def _write(
             f"{machine.usable / GB:.1f} GB ({chosen.memory.peak_phase})",
             next_bottleneck(chosen),
             f"why, and what else was tried: {page}",
-            f"use it: mta-ds train CONFIG @{written}",
+            f"use it: mta-ds train CONFIG {shlex.quote(f'@{written}')}",
         ]
     )

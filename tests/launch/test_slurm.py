@@ -235,7 +235,7 @@ def freeze_after(cluster: Cluster, run_dir: Path, job: str, step: int) -> None:
     metrics = run_dir / "metrics.jsonl"
 
     def has_come() -> bool:
-        assert cluster.jobs(job)[job] not in ("FAILED", "CANCELLED", "COMPLETED")
+        assert cluster.jobs(job)[job] not in ("FAILED", "CANCELLED", "COMPLETED"), cluster.logs()
         return metrics.is_file() and any(row["step"] >= step for row in read_metrics(run_dir))
 
     wait_for(has_come, f"step {step}", cluster.root)
