@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from span_cases import RightBranching, start_parse, start_until_rename
 
 from mta_ds.errors import UsageError, UserError
 from mta_ds.spans import parse as module
 from mta_ds.spans import rows as rows_module
 from mta_ds.spans.log import read_paces
 from mta_ds.spans.parse import ParseConfig, parse, resolve_config
-from mta_ds.spans.parser import BUNDLED, Constituent, Parse, Sentence
+from mta_ds.spans.parser import BUNDLED
 from mta_ds.spans.store import Manifest, SpanStore
 
 HOSTILE = [
@@ -32,31 +30,6 @@ HOSTILE = [
     "מה? \r\n\r\n - y",
     "a, " * 900,
 ]
-
-
-class RightBranching:
-    """A small parser: every suffix of a sentence is a constituent. Takes no sentence over 40 words, no word "??"."""
-
-    name = "right"
-
-    def __init__(self, fingerprint: str = "f", delay: float = 0.0) -> None:
-        self.fingerprint = fingerprint
-        self.versions = {"right": "1"}
-        self.delay = delay
-        self.parsed: list[Sentence] = []
-
-    def fits(self, sentence: Sentence) -> bool:
-        return len(sentence.words) <= 40 and "??" not in sentence.words
-
-    def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
-        time.sleep(self.delay)
-        self.parsed += sentences
-        return [self._parse(len(sentence.words)) for sentence in sentences]
-
-    @staticmethod
-    def _parse(n: int) -> Parse:
-        labels = ["S", *("VP" if i % 2 else "NP" for i in range(1, n))]
-        return Parse(("X",) * n, tuple(Constituent(i, n, labels[i], n - i) for i in range(n)))
 
 
 @pytest.fixture
@@ -255,21 +228,6 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         resolve_config(None, (), {"inputs": ["a"]})
 
 
-def _run(config: ParseConfig, index: int | None, delay: float, killed_after: float | None) -> None:
-    """A task in a process of its own, which kills itself from a thread, whatever it does by then."""
-    module.load_parser = lambda spec, device: RightBranching(delay=delay)
-    if killed_after is not None:
-        threading.Timer(killed_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    parse(config, index)
-    os._exit(0)  # without waiting for the thread
-
-
-def _start(config: ParseConfig, index: int | None, delay: float, killed_after: float | None = None) -> Any:
-    child = multiprocessing.get_context("fork").Process(target=_run, args=(config, index, delay, killed_after))
-    child.start()
-    return child
-
-
 def _undo(store: Path, part: int) -> None:
     """As if a part, and so the manifest, had not been made."""
     for path in (*store.glob(f"part-{part:05d}-*"), store / "manifest.json"):
@@ -286,7 +244,7 @@ def test_killed_twenty_times_at_random_moments_then_resumed_gives_the_same_bytes
     chance = random.Random(7)
     num_killed = 0
     while num_killed < 20:
-        child = _start(config, None, delay=0.005, killed_after=chance.uniform(0.0, 0.25))
+        child = start_parse(config, None, delay=0.005, killed_after=chance.uniform(0.0, 0.25))
         child.join()
         num_killed += child.exitcode == -signal.SIGKILL
         if child.exitcode == 0:  # it was faster: make it work again, or only merge
@@ -294,24 +252,6 @@ def test_killed_twenty_times_at_random_moments_then_resumed_gives_the_same_bytes
     parse(config)
     assert parts(tmp_path / "s") == parts(tmp_path / "whole")
     assert [pace.records[-1] for pace in read_paces(tmp_path / "s", 3)] == [11, 10, 10]
-
-
-def _run_until_rename(config: ParseConfig, number: int, before: bool) -> None:
-    module.load_parser = lambda spec, device: RightBranching()
-    rename, renamed = os.replace, 0
-
-    def replace(*paths: Any) -> None:
-        nonlocal renamed
-        renamed += 1
-        if before and renamed == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*paths)
-        if renamed == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace
-    parse(config)
-    os._exit(0)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -322,8 +262,7 @@ def test_killed_around_every_rename_the_manifests_too(tmp_path: Path, parser: Ri
     with_manifest = set()
     for number in range(1, 100):
         config = config.model_copy(update={"output": tmp_path / str(number)})
-        child = multiprocessing.get_context("fork").Process(target=_run_until_rename, args=(config, number, before))
-        child.start()
+        child = start_until_rename(config, number, before)
         child.join()
         with_manifest.add((config.output / "manifest.json").is_file())
         parse(config)
@@ -336,7 +275,7 @@ def test_killed_around_every_rename_the_manifests_too(tmp_path: Path, parser: Ri
 def test_two_tasks_on_each_shard_do_no_harm(tmp_path: Path, parser: RightBranching) -> None:
     source = write(tmp_path / "a.jsonl", records(10))
     config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2)
-    children = [_start(config, index, delay=0.05) for index in (0, 0, 1, 1)]
+    children = [start_parse(config, index, delay=0.05) for index in (0, 0, 1, 1)]
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0, 0]

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from span_cases import PROCESSES, num_words
 
 from mta_ds.errors import UserError
 from mta_ds.files import sha256
@@ -132,15 +132,9 @@ def test_other_schema_version_is_refused(path: Path) -> None:
         SpanStore.open(path)
 
 
-def _open_and_read(path: Path) -> int:
-    units = SpanStore.open(path).units("r3", "response", ROWS[3]["response"])
-    assert units is not None
-    return len(units.words)
-
-
 def test_processes_that_open_a_new_store_at_once(path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(6) as pool:
-        assert pool.map(_open_and_read, [path] * 12, chunksize=1) == [12] * 12
+    with PROCESSES.Pool(6) as pool:
+        assert pool.starmap(num_words, [(path, ROWS[3])] * 12, chunksize=1) == [12] * 12
     assert len(list(path.glob("cache-*"))) == 1
 
 
@@ -149,7 +143,7 @@ def test_read_only_store_is_indexed_in_the_users_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert _open_and_read(path) == 12
+    assert num_words(path, ROWS[3]) == 12
     assert not list(path.glob("cache-*"))
     assert any((tmp_path / "cache" / "mta_ds").iterdir())
 
