@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
-import io
 import logging
 import os
 import subprocess
@@ -40,13 +38,15 @@ def initialise() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
+    # On a CPU DeepSpeed compiles an all-reduce that its inference alone calls: a minute at the first start, and ranks
+    # wait for ever at the lock of such a build that was killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built, on every rank
-            deepspeed.init_distributed(
-                dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-                timeout=datetime.timedelta(minutes=30),
-                verbose=False,
-            )
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            timeout=datetime.timedelta(minutes=30),
+            verbose=False,
+        )
     except RuntimeError as error:
         if "address already in use" not in str(error).lower():
             raise

@@ -43,8 +43,6 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     Returns:
         0 if every rank did, else the exit code of the rank that failed first (128 + n for signal n).
     """
-    if num_ranks > 1:
-        _build_extensions()
     port = _free_port()
     command = [sys.executable, "-m", "mta_ds", *arguments]
     ranks = [
@@ -102,17 +100,6 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if code:
             return code if code > 0 else 128 - code
     return 0
-
-
-def _build_extensions() -> None:
-    """Build DeepSpeed's CPU communication extension before the ranks start: ranks building it at once can abort."""
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    code = "import deepspeed.comm.torch as c; c.build_shm_op()"
-    subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
 
 
 def _free_port() -> int:

@@ -43,8 +43,11 @@ def make_engine(one_rank_group: None) -> Callable[..., Any]:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 1.0,
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
-            # one weight whole on every rank, three cut
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 3},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 3,  # one weight whole on every rank, three cut
+                "reduce_bucket_size": 10_000,  # by default 2 GB an engine
+            },
         }
         optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

@@ -150,6 +150,10 @@ def test_ranks_from_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_ranks_that_disagree_say_so(pair: Path, tmp_path: Path) -> None:
+    """Also where a build of DeepSpeed's was killed and has left its lock, at which another build waits for ever."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
     path = write_config(pair, tmp_path)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -157,7 +161,8 @@ def test_ranks_that_disagree_say_so(pair: Path, tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "mta_ds", "train", str(path), f"train.lr={1e-4 * (1 + rank)}"],
-            env=rank_environment(rank, 2, port) | {"MTA_DS_LAUNCHER_PID": str(os.getpid())},
+            env=rank_environment(rank, 2, port)
+            | {"MTA_DS_LAUNCHER_PID": str(os.getpid()), "TORCH_EXTENSIONS_DIR": str(lock.parents[1])},
             stderr=subprocess.PIPE,
             text=True,
         )
