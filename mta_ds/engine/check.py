@@ -31,7 +31,7 @@ def check(config: RunConfig, world_size: int = 1) -> None:
     read_deepspeed_config(config.teacher.deepspeed)
     train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
     rows = [
-        *model_rows(pair),
+        *model_rows(config, pair),
         trainable_row(config, pair),
         *loss_rows(config, pair),
         *data_rows("training", train.summary, config.regenerates),
@@ -47,20 +47,17 @@ def check(config: RunConfig, world_size: int = 1) -> None:
     (console if console.is_terminal else Console(width=140)).print(table)
 
 
-def model_rows(pair: Pair) -> Rows:
+def model_rows(config: RunConfig, pair: Pair) -> Rows:
     """Both models, their sizes, and that their vocabularies agree."""
     rows: Rows = []
     for name, folder in (("teacher", pair.teacher_dir), ("student", pair.student_dir)):
-        config = load_config(folder)
+        model = load_config(folder)
         with torch.device("meta"):
-            parameters = count_parameters(AutoModelForCausalLM.from_config(config))
-        rows.append(
-            (
-                name,
-                f"{folder}: {config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide, "
-                f"{parameters / 1e6:.1f} M parameters",
-            )
-        )
+            parameters = count_parameters(AutoModelForCausalLM.from_config(model))
+        shape = f"{model.num_hidden_layers} layers, {model.hidden_size} wide, {parameters / 1e6:.1f} M parameters"
+        bits = config.teacher.quantization if name == "teacher" else None
+        where = f"; in {bits}, whole on every rank" if bits else ""
+        rows.append((name, f"{folder}: {model.model_type}, {shape}{where}"))
     tokenizer = pair.tokenizer
     rows.append(
         ("vocabulary", f"equal, {pair.vocab_size} ids; EOS {tokenizer.eos_token!r}, BOS {tokenizer.bos_token!r}")

@@ -108,6 +108,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_to_verify(self) -> RunConfig:
+        if self.train.verify_weights and self.teacher.quantization is not None:
+            raise ValueError("train.verify_weights: a quantised teacher's weights are not its files'; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _validation_for_distillm(self) -> RunConfig:
         if isinstance(self.loss, DistiLLMConfig) and self.loss.phi_step > 0 and not self.data.validation:
             raise ValueError("data.validation: DistiLLM adapts to a held-out loss; name records, or set phi_step: 0")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from mta_ds.errors import UserError
 from mta_ds.models.lora import LoraConfig
 
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["8bit", "4bit"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -55,7 +57,16 @@ class TeacherConfig(Section):
     """A folder with a LoRA adapter of that model (peft's, in safetensors); merged once, into the run's cache."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON for the teacher's engine; the default partitions it under ZeRO-3 with DeepSpeed's own sizes."""
+    quantization: Quantization | None = None
+    """Round the decoder layers' matrices to 8 or 4 bits as they load (bitsandbytes). Every rank then holds the whole
+    teacher: ZeRO-3 cannot cut such weights. Embeddings and LM head keep ``train.dtype``."""
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _cut_or_quantized(self) -> TeacherConfig:
+        if self.quantization is not None and self.deepspeed is not None:
+            raise ValueError("quantization keeps the teacher whole on every rank; remove it, or deepspeed")
+        return self
 
 
 class StudentConfig(Section):
@@ -138,7 +149,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:
 
 
 def load_pretrained(
-    path: Path, dtype: Dtype, deepspeed_config: dict[str, Any] | None = None, trust_remote_code: bool = False
+    path: Path,
+    dtype: Dtype,
+    deepspeed_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model and insist that every tensor of model and checkpoint met its counterpart.
 
@@ -146,12 +161,19 @@ def load_pretrained(
         path: a model folder with weights in safetensors (or a ``.bin`` that loads with ``weights_only``).
         dtype: of the parameters; under ZeRO-3 the DeepSpeed config's precision decides and must say the same.
         deepspeed_config: if it is stage 3, parameters are partitioned as they load and no rank holds a full copy.
+        quantization: round the matrices of the decoder layers as they load, each on this rank's device; whole models
+            only.
 
     Raises:
         UserError: no weights; a tensor missing, surplus or of another shape; a model whose logits are not its head's
-            plain product.
+            plain product; weights that are quantised in the files, or cannot be here.
     """
-    load_config(path, trust_remote_code)
+    if getattr(load_config(path, trust_remote_code), "quantization_config", None) is not None:
+        raise UserError(
+            f"{path}/config.json: quantization_config: the weights in the files are quantised; name the folder of the "
+            "model's own weights (a teacher's can be rounded as they load: teacher.quantization)"
+        )
+    options = _quantization_options(quantization, dtype) if quantization is not None else {}
     with _zero3_loading(deepspeed_config), quiet_transformers(), _freed_memory_returned():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -160,6 +182,7 @@ def load_pretrained(
                 local_files_only=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **options,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{path}: cannot load the weights: {_one_line(error)}") from None
@@ -184,6 +207,23 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Number of ids the tokenizer can emit: models pad their heads beyond it, and those rows mean nothing."""
     ids: dict[str, int] = tokenizer.get_vocab()
     return max(ids.values()) + 1
+
+
+def _quantization_options(quantization: Quantization, dtype: Dtype) -> dict[str, Any]:
+    """What ``from_pretrained`` wants to hear: LLM.int8 (arXiv 2208.07339), or NF4 (arXiv 2305.14314)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("teacher.quantization needs the package bitsandbytes: pip install 'mta-ds[quantization]'")
+    from transformers import BitsAndBytesConfig
+
+    options = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if quantization == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+        )
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": options, "device_map": {"": device}}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""The streaming teacher: a frozen model in ZeRO-3 partitions that hands out each key layer's state and keeps none."""
+"""The streaming teacher: a frozen model that hands out each key layer's state and keeps none.
+
+It lives in ZeRO-3 partitions; one that is quantised, which ZeRO-3 cannot cut, is whole on every rank.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ class StreamingTeacher:
     """
 
     def __init__(self, engine: Any, body: CausalBody) -> None:
+        """``engine`` runs ``body``: DeepSpeed's, or the body itself if it is whole."""
         self._engine = engine
         self._body = body
         self._head: Tensor | None = None
@@ -48,7 +52,7 @@ class StreamingTeacher:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The teacher as it lives in its partitions."""
+        """The teacher as it lives in its partitions, if it does."""
         return self._body.model
 
     @torch.no_grad()
@@ -110,6 +114,8 @@ def load_teacher(
 ) -> StreamingTeacher:
     """Load the teacher into ZeRO-3 partitions and wrap it in its engine; torch.distributed must be initialised.
 
+    A quantised teacher is loaded whole, and has no engine.
+
     Args:
         folder: the teacher's plain model folder, any adapter already merged.
         key_layers: teacher layers that are handed out, in transformers' numbering.
@@ -117,8 +123,9 @@ def load_teacher(
             key layer.
         verify: compare every loaded weight with its file.
     """
-    engine_config = teacher_config(config.deepspeed, dtype, micro_batch_size)
-    model = load_pretrained(folder, dtype, engine_config, config.trust_remote_code)
+    quantized = config.quantization is not None
+    engine_config = None if quantized else teacher_config(config.deepspeed, dtype, micro_batch_size)
+    model = load_pretrained(folder, dtype, engine_config, config.trust_remote_code, config.quantization)
     if verify:
         verify_weights(model, folder)
     model.requires_grad_(False)
@@ -126,10 +133,12 @@ def load_teacher(
     num_layers = len(decoder_layers(model))
     if not needs_final:
         truncate(model, max(key_layers))
-    _mark_expert_blocks(model)
-    body = CausalBody(model, key_layers, num_layers)
-    engine, *_ = deepspeed.initialize(model=body, config=engine_config)
-    engine.eval()
+    body = CausalBody(model, key_layers, num_layers).eval()
+    engine: Any = body
+    if engine_config is not None:
+        _mark_expert_blocks(model)
+        engine, *_ = deepspeed.initialize(model=body, config=engine_config)
+        engine.eval()
     body.register_taps()
     return StreamingTeacher(engine, body)
 

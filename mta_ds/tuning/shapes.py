@@ -114,8 +114,13 @@ def workload(config: RunConfig, batch_per_rank: int | None = None) -> Workload:
     """The step of a run, from its YAML and both models' config.json.
 
     Raises:
-        UserError: a config.json is missing, or a key layer does not exist.
+        UserError: a config.json is missing, a key layer does not exist, or the teacher is quantised.
     """
+    if config.teacher.quantization is not None:
+        raise UserError(
+            "teacher.quantization: plans are of a teacher in ZeRO-3 partitions, and a quantised one has none; to plan, "
+            "give teacher.quantization=null"
+        )
     teacher_config, student_config = model_configs(config)
     depths = (student_config.num_hidden_layers, teacher_config.num_hidden_layers)
     aligned = key_layers(config.mta, *depths) if config.mta is not None else ()
