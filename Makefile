@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/c
 # OpenMP threads that spin while they wait slow everything else on a small machine several times
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
+# Processes of the test suite; much of it is the start of ranks, which leaves a core idle
+WORKERS ?= 2
 
 .PHONY: demo test lint types unit clean
 demo: $(VENV)/.demo
@@ -23,7 +25,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # torch comes first and alone: as a dependency of the others pip would take its largest build
 $(VENV)/.base: pyproject.toml .ci/constraints.txt

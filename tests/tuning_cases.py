@@ -63,6 +63,7 @@ def small_work(**changes: object) -> Workload:
         "teacher_head": True,
         "keeps_teacher_states": False,
         "rollouts": False,
+        "asynchronous_saves": True,
         "sequence_length": 10,
         "sequences_per_sample": 1,
         "batch_per_rank": 4,

@@ -24,6 +24,7 @@ from mta_ds.tuning.machine import Machine
 from mta_ds.tuning.shapes import SPANS_PER_TOKEN, Workload
 
 PERSISTENCE_THRESHOLD = 100_000
+CHECKPOINT_COPY = "asynchronous checkpoint"
 SUB_GROUP = 1_000_000_000
 RESIDENT = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters: below it a student stays gathered from forward to backward."""
@@ -117,7 +118,7 @@ def _states(work: Workload, plan: Plan, machine: Machine) -> tuple[Parts, Parts]
     b, n, stage = work.element_bytes, machine.num_ranks, plan.student_stage
     student = work.student.parameters + work.projections
     device: Parts = {}
-    host: Parts = {"asynchronous checkpoint": 12 * work.trained / n}
+    host: Parts = {CHECKPOINT_COPY: 12 * work.trained / n} if work.asynchronous_saves else {}
     persistent = work.student.persistent(PERSISTENCE_THRESHOLD)
     device["student weights"] = b * student if stage < 3 else b * (student / n + _unless_alone(persistent, n))
     gradients = b * work.trained / (n if stage > 1 else 1)

@@ -77,6 +77,8 @@ class Workload:
     """Token weights by entropy: the teacher's covered states stay, in bfloat16, until its end."""
     rollouts: bool
     """Whether the student writes: a whole copy of it exists meanwhile."""
+    asynchronous_saves: bool
+    """Whether a checkpoint is copied before it is written."""
     sequence_length: int
     """Tokens of the longest sequence."""
     sequences_per_sample: int
@@ -144,6 +146,7 @@ def workload(config: RunConfig, batch_per_rank: int | None = None) -> Workload:
         teacher_head=needs_final,
         keeps_teacher_states=config.mta is not None and config.mta.teacher_weights == "entropy",
         rollouts=method.rollouts is not None,
+        asynchronous_saves=config.train.asynchronous_saves,
         sequence_length=length,
         sequences_per_sample=2 if method.pairs else 1,
         batch_per_rank=batch_per_rank or config.train.micro_batch_size * config.train.gradient_accumulation_steps,

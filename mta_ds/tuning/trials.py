@@ -28,7 +28,7 @@ from mta_ds.files import write_atomic
 from mta_ds.launch.local import PARENT
 from mta_ds.losses import DistiLLMConfig
 from mta_ds.tuning.machine import Machine
-from mta_ds.tuning.memory import Plan
+from mta_ds.tuning.memory import CHECKPOINT_COPY, Plan
 from mta_ds.tuning.plan_files import override, write_plan
 from mta_ds.tuning.search import Candidate, Correction
 from mta_ds.tuning.shapes import ModelShape
@@ -146,7 +146,8 @@ def read_trial(
     candidate: Candidate, machine: Machine, folder: Path, code: int | None, log: str, baseline: int
 ) -> Trial:
     """What a trial's run folder and log say; ``code`` is None where its time was over."""
-    predicted = candidate.memory.peak + (0 if machine.is_gpu else candidate.memory.host_total)
+    host = sum(size for name, size in candidate.memory.host.items() if name != CHECKPOINT_COPY)  # a trial makes none
+    predicted = candidate.memory.peak + (0 if machine.is_gpu else host)
     trial = Trial(candidate.plan, candidate.time.total, predicted, "ok")
     if code != 0:
         said = [line.strip() for line in log.splitlines() if line.strip()]

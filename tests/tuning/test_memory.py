@@ -89,6 +89,7 @@ def test_options_of_a_run_add_their_parts() -> None:
     assert by_entropy.phases["teacher's forward"]["teacher states kept for entropy"] == 2 * 20 * 8
     writes = memory(small_work(rollouts=True), small_plan(), small_machine())
     assert writes.phases["rollouts"] == {"whole student while it writes": 200}
+    assert memory(small_work(asynchronous_saves=False), small_plan(), small_machine()).host == {}
     pairs = memory(small_work(sequences_per_sample=2), small_plan(), small_machine())
     assert pairs.phases["heads"]["logits chunk"] == 40 * 10 * 10
     plain = memory(small_work(teacher=None, key_layers=(), teacher_head=False), small_plan(), small_machine())
