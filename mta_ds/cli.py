@@ -290,11 +290,7 @@ def demo(
 
 
 def _launch(command: str, config: Path, overrides: list[str] | None, nproc: int) -> None:
-    """Become the parent of ``nproc`` ranks of the same command."""
+    """Become the parent of ``nproc`` ranks of the same command; a mistake in the file is told by one of them."""
     if "RANK" in os.environ:
         raise UserError("--nproc: this process is already a rank of a launcher (RANK is set); leave --nproc out")
-    from mta_ds.config import load
-    from mta_ds.engine import RunConfig
-
-    load(config, RunConfig, overrides or ())  # a mistake is told once, before any rank starts
     sys.exit(launch([command, str(config), *(overrides or ())], nproc))
