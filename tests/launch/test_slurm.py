@@ -300,6 +300,29 @@ def test_restarts_without_progress_come_to_an_end(
     )
 
 
+def test_tune_tries_its_plans_on_the_allocation(cluster: Cluster, pair: Path, root: Path, tmp_path: Path) -> None:
+    log = tmp_path / "tune.log"  # sbatch itself would read the %j in the run's folder
+    run_dir = root / "run c"
+    config = write_run(pair, root, run_dir, mta=None, data__spans=None, parse=None)
+    script = (
+        "sbatch",
+        "--parsable",
+        *SMALL,
+        "--nodes=2",
+        f"--output={log}",
+        str(SCRIPTS / "tune.sbatch"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTA_DS_SITE", str(SCRIPTS / "site.env"))
+        job = cluster.run(*script, str(config), "--trials=1", "--gpus=1").strip()
+    assert cluster.wait(job) == {job: "COMPLETED"}, log.read_text()
+    (result,) = (run_dir / "tune" / "trials").glob("*/result.json")
+    trial = json.loads(result.read_text())
+    assert trial["outcome"] == "ok" and len(trial["grad_norms"]) == 8, trial
+    assert json.loads((result.parent / "environment.json").read_text())["world_size"] == 2
+    assert "2 x cpu" in log.read_text()
+
+
 def test_tasks_on_their_way_are_left_alone(cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path) -> None:
     config = write_run(pair, tmp_path, tmp_path / "run")
     later = (*SMALL, "--begin=now+1hour")

@@ -1,4 +1,4 @@
-"""Weights in partitions on two real ranks: equal to the files, and never a whole copy on one rank."""
+"""Weights in partitions on two real ranks: equal to the files or refused, and never a whole copy on one rank."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mta_ds.errors import UserError
@@ -18,7 +20,9 @@ from mta_ds.launch.local import rank_environment
 from mta_ds.models import load_pretrained, verify_weights
 from mta_ds.models.verify import tensor_hash
 
-# each rank of the test below: load partitioned, verify, then see a changed file
+CHANGED = "model.layers.1.mlp.up_proj.weight"
+
+# each rank of the test below: load partitioned, verify, see a changed file, then load what does not match
 RANK = """
 import json, sys
 from pathlib import Path
@@ -42,6 +46,11 @@ try:
 except UserError as found:
     error = str(found)
 row = {"held": held, "here": here, "compared": compared, "error": error}
+for name in ("missing", "unexpected", "mismatched"):
+    try:
+        load_pretrained(folder.parent / name, "float32", teacher_config(None, "float32", 1))
+    except UserError as found:
+        row[name] = str(found)
 (output / str(distributed.rank())).write_text(json.dumps(row))
 distributed.shutdown()
 """
@@ -56,22 +65,38 @@ def make_model(folder: Path, **options: int) -> AutoModelForCausalLM:
     return model
 
 
-def change(source: Path, folder: Path, name: str) -> None:
-    """A copy of a model with the last bit of one value of a tensor flipped."""
+def change(source: Path, folder: Path, alter: Callable[[dict[str, Tensor]], None]) -> None:
+    """A copy of a model whose file with ``CHANGED`` holds what ``alter`` makes of its tensors."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        if name in tensors:
-            tensors[name].view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
+        if CHANGED in tensors:
+            alter(tensors)
             save_file(tensors, file, {"format": "pt"})
+
+
+def flip_a_bit(tensors: dict[str, Tensor]) -> None:
+    tensors[CHANGED].view(-1)[3:4].view(torch.int32).bitwise_xor_(1)
+
+
+def add_another(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.other"] = tensors[CHANGED].clone()
+
+
+def cut_a_row(tensors: dict[str, Tensor]) -> None:
+    tensors[CHANGED] = tensors[CHANGED][1:].clone()
 
 
 def test_two_ranks_hold_half_each_and_it_is_the_files(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 12}
     model = make_model(tmp_path / "model", **sizes)
-    change(tmp_path / "model", tmp_path / "changed", "model.layers.7.mlp.up_proj.weight")
+    change(tmp_path / "model", tmp_path / "changed", flip_a_bit)
+    make_model(tmp_path / "small")
+    change(tmp_path / "small", tmp_path / "missing", lambda tensors: tensors.pop(CHANGED))
+    change(tmp_path / "small", tmp_path / "unexpected", add_another)
+    change(tmp_path / "small", tmp_path / "mismatched", cut_a_row)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -86,7 +111,9 @@ def test_two_ranks_hold_half_each_and_it_is_the_files(tmp_path: Path) -> None:
         # a whole copy would be 4 · total = 160 MB; a few MB are DeepSpeed's and the file headers'
         assert row["held"] < 4 * total / 2 + 45e6 < 4 * total
         assert row["compared"] == len(list(model.parameters()))
-        assert "1 of 111 weights are not those of the files (first: 'model.layers.7.mlp.up_proj" in row["error"]
+        assert f"1 of 111 weights are not those of the files (first: '{CHANGED}'" in row["error"]
+        for name, first in (("missing", CHANGED), ("unexpected", "model.layers.1.other"), ("mismatched", CHANGED)):
+            assert f"weights do not match the model: 1 {name} (first: " in row[name] and first in row[name], row
 
 
 @pytest.mark.parametrize("tied", [True, False])
