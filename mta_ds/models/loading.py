@@ -173,19 +173,33 @@ def load_pretrained(
             f"{path}/config.json: quantization_config: the weights in the files are quantised; name the folder of the "
             "model's own weights (a teacher's can be rounded as they load: teacher.quantization)"
         )
-    options = _quantization_options(quantization, dtype) if quantization is not None else {}
-    with _zero3_loading(deepspeed_config), quiet_transformers(), _freed_memory_returned():
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        options |= _quantization_options(quantization, dtype)
+    if is_stage3 := _is_stage3(deepspeed_config):
+        # transformers reports no surplus tensor when it fills partitions; a model without memory tells all at once
+        _insist_on_match(path, _from_files(path, **options, device_map={"": "meta"}, ignore_mismatched_sizes=True)[1])
+    with _zero3_loading(deepspeed_config if is_stage3 else None), _freed_memory_returned():
+        model, info = _from_files(path, **options)
+    _insist_on_match(path, info)
+    _refuse_transformed_logits(path, model)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _from_files(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers has found out about its tensors."""
+    with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                local_files_only=True,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **options,
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, output_loading_info=True, **options
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{path}: cannot load the weights: {_one_line(error)}") from None
+    return loaded
+
+
+def _insist_on_match(path: Path, info: dict[str, Any]) -> None:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if keys := sorted(map(str, info.get(problem) or ())):
             what = problem.partition("_")[0]
@@ -193,9 +207,6 @@ def load_pretrained(
                 f"{path}: weights do not match the model: {len(keys)} {what} (first: {keys[0]}); "
                 "check that config.json belongs to these weights"
             )
-    _refuse_transformed_logits(path, model)
-    loaded: PreTrainedModel = model
-    return loaded
 
 
 def output_head(model: PreTrainedModel) -> nn.Parameter:
@@ -226,13 +237,16 @@ def _quantization_options(quantization: Quantization, dtype: Dtype) -> dict[str,
     return {"quantization_config": options, "device_map": {"": device}}
 
 
+def _is_stage3(deepspeed_config: dict[str, Any] | None) -> bool:
+    return deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
+
+
 @contextlib.contextmanager
-def _zero3_loading(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+def _zero3_loading(stage3_config: dict[str, Any] | None) -> Iterator[None]:
     """While open, ``from_pretrained`` partitions parameters as they load (transformers looks for a live config)."""
-    is_stage3 = deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
     # transformers keeps only a weak reference, and one for the whole process: alive exactly for this load, else the
     # other model of the run would be partitioned by the wrong settings, or not at all.
-    live = HfDeepSpeedConfig(deepspeed_config) if is_stage3 else None
+    live = None if stage3_config is None else HfDeepSpeedConfig(stage3_config)
     try:
         yield
     finally:
