@@ -3,9 +3,10 @@
     python benchmarks/methods.py --records train.jsonl --heldout dev.jsonl --output RUNS
 
 All that is run is the product's own commands, each in its process: a teacher (8 layers of 256) learns the records from
-nothing, a student (4 of 128) learns them for a while, and then every method goes on from that student, for the same
-steps over the same records, once for each seed. What is there already is not run again, so the command may be repeated
-until it is done. The table is printed and written to RUNS/methods.md.
+nothing, a student (4 of 128) learns them for a while, and then every method goes on from that student, for as many
+steps of as many sequences, once for each seed. Within a method, rows with and without MTA differ in MTA alone. What is
+there already is not run again, so the command may be repeated until it is done, with ``--methods`` for some of the
+rows. The table is printed and written to RUNS/methods.md.
 
 The pair is tiny, so the figures compare methods under one budget; they are not those of the paper.
 """
@@ -33,11 +34,14 @@ MAX_LENGTH, MAX_PROMPT = 128, 64
 TEACHER = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
 STUDENT = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
 ROLLOUTS = {"max_new_tokens": 48, "batch_size": 16}
+# Rows with and without MTA differ in MTA alone: FDD's τ, whose default depends on MTA, is fixed in each.
 METHODS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd"},
-    "fdd": {"method": "fdd", "num_layers": 3, "stride": 1},
+    "fdd": {"method": "fdd", "num_layers": 3, "stride": 1, "temperature": 2.0},
+    "fdd-tau5": {"method": "fdd", "num_layers": 3, "stride": 1, "temperature": 5.0},
     "distillm": {"method": "distillm", "initial_phi": 0.5, "buffer_size": 256, "rollouts": ROLLOUTS},
     "distillm2": {"method": "distillm2"},
+    "gkd": {"method": "gkd", "rollouts": ROLLOUTS},
 }
 MTA = {"num_layers": 3, "stride": 1}
 
