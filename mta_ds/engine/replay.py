@@ -31,9 +31,10 @@ class ReplayBuffer:
         """Add examples in order; the oldest go."""
         self._examples.extend(examples)
 
-    def draw(self, uniform: np.ndarray) -> list[Example]:
-        """One example for each number in [0, 1), with replacement."""
-        return [self._examples[int(number * len(self._examples))] for number in uniform]
+    def draw(self, number: int, random: np.random.Generator) -> list[Example]:
+        """So many examples, uniformly; none of them twice, unless there are fewer."""
+        chosen = random.choice(len(self), number, replace=number > len(self))
+        return [self._examples[i] for i in chosen]
 
     def examples(self) -> list[Example]:
         """All of them, the oldest first."""

@@ -139,7 +139,7 @@ class Rollouts:
     def _generate(self, step: int) -> list[list[int]]:
         """The student's answers to the step's prompts; each rank writes its own, every rank gets all."""
         first = self._first_sample(step)
-        mine = [place for row in self._loader.places() for place in row]
+        mine = self._own_places()
         asked = [self._loader.example(first + place) for place in mine]
         for example in asked:
             if not example.prompt_length:
@@ -151,7 +151,7 @@ class Rollouts:
         responses = [merged[place] for place in sorted(merged)]
         ends = set(self._tokenizer.all_special_ids)
         empty = sum(all(token in ends for token in response) for response in responses)
-        if empty:
+        if empty and distributed.rank() == 0:
             logger.warning("step %d: %d of %d rollouts are empty (EOS first)", step, empty, len(responses))
         return responses
 
@@ -162,7 +162,7 @@ class Rollouts:
         if self._pool is None:  # parsers start with the first text
             self._pool = self._open_pool()
         sent = {}
-        for place in (place for row in self._loader.places() for place in row):
+        for place in self._own_places():
             text, offsets = decode_with_offsets(responses[place], self._tokenizer)
             sent[place] = Sent(self._pool.submit([Field(f"{step}/{place}", "response", text)]), text, offsets)
         return sent
@@ -171,7 +171,7 @@ class Rollouts:
         """The step's rollouts as examples, those of all ranks; the buffer has them from now on."""
         first = self._first_sample(step)
         mine = {}
-        for place in (place for row in self._loader.places() for place in row):
+        for place in self._own_places():
             parsed = None
             if self._pool is not None:
                 sent = plan.sent[place]
@@ -186,9 +186,13 @@ class Rollouts:
         return examples
 
     def _replay(self, step: int) -> list[Example]:
-        """A uniform draw for each sequence of the step, over all ranks."""
-        uniform = np.random.default_rng([self._seed, _REPLAY, step]).random(self._loader.samples_per_step)
-        return self._buffer.draw(uniform)
+        """The sequences of the step, those of all ranks in one draw."""
+        random = np.random.default_rng([self._seed, _REPLAY, step])
+        return self._buffer.draw(self._loader.samples_per_step, random)
+
+    def _own_places(self) -> list[int]:
+        """This rank's places in the step."""
+        return [place for row in self._loader.places() for place in row]
 
     def _first_sample(self, step: int) -> int:
         return (step - 1) * self._loader.samples_per_step

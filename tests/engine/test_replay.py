@@ -40,16 +40,20 @@ def test_first_in_first_out() -> None:
 def test_a_draw_is_uniform_over_what_is_there() -> None:
     buffer = ReplayBuffer(8)
     buffer.push(map(example, range(4)))
-    below_one = np.nextafter(1.0, 0.0)
-    uniform = np.array([0.0, 0.2499, 0.25, 0.5, 0.74, 0.75, below_one, 0.0])
-    assert names(buffer.draw(uniform)) == ["r0", "r0", "r1", "r2", "r2", "r3", "r3", "r0"]
-    assert buffer.draw(np.zeros(0)) == []
-    for size in range(1, 50):  # the largest number below 1 is the last one's, whatever rounding does
-        several = ReplayBuffer(size)
-        several.push(map(example, range(size)))
-        assert names(several.draw(np.array([below_one]))) == [f"r{size - 1}"]
-    counts = np.unique(names(buffer.draw(np.random.default_rng(0).random(4000))), return_counts=True)[1]
-    assert len(counts) == 4 and counts.min() > 850
+    random = np.random.default_rng(0)
+    drawn = [name for _ in range(2000) for name in names(buffer.draw(2, random))]
+    counts = np.unique(drawn, return_counts=True)[1]
+    assert len(counts) == 4 and counts.min() > 900
+    assert buffer.draw(0, random) == []
+
+
+def test_no_sequence_is_drawn_twice_while_there_are_enough() -> None:
+    buffer = ReplayBuffer(8)
+    buffer.push(map(example, range(8)))
+    for seed in range(50):
+        drawn = names(buffer.draw(8, np.random.default_rng(seed)))
+        assert sorted(drawn) == [f"r{i}" for i in range(8)]
+    assert len(buffer.draw(9, np.random.default_rng(0))) == 9  # a step of more sequences than there are
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,6 @@ def test_a_resumed_buffer_goes_on_as_the_old_one(tmp_path: Path) -> None:
     resumed.push(load_examples(tmp_path / "file")[0])
     for buffer in (old, resumed):
         buffer.push([example(9)])
-    uniform = np.random.default_rng(1).random(20)
-    assert names(resumed.draw(uniform)) == names(old.draw(uniform))
+    drawn = [names(buffer.draw(3, np.random.default_rng(1))) for buffer in (old, resumed)]
+    assert drawn[0] == drawn[1]
     assert names(resumed.examples()) == ["r3", "r4", "r5", "r9"]
