@@ -77,6 +77,8 @@ def main() -> None:
     root: Path = arguments.output.resolve()
     root.mkdir(parents=True, exist_ok=True)
     prepare(root, arguments.records, arguments.heldout, sizes)
+    if "distillm2" in arguments.methods:
+        prepare_pairs(root, sizes)
     results: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for seed in sizes.seeds:
         for method in arguments.methods:
@@ -90,7 +92,7 @@ def main() -> None:
 
 
 def prepare(root: Path, records: Path, heldout: Path, sizes: Sizes) -> None:
-    """Records, tokenizer, both models and the span stores that all methods share."""
+    """Records, tokenizer, both models and the span store that all methods share."""
     for name, source, count in (("train", records, sizes.records), ("heldout", heldout, sizes.heldout)):
         if not (root / f"{name}.jsonl").is_file():
             lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -113,6 +115,10 @@ def prepare(root: Path, records: Path, heldout: Path, sizes: Sizes) -> None:
         root / "spans" / "manifest.json",
         *("parse", "--input", root / "train.jsonl", "--input", root / "heldout.jsonl", "--output", root / "spans"),
     )
+
+
+def prepare_pairs(root: Path, sizes: Sizes) -> None:
+    """DistiLLM-2's records: the teacher's responses and the start's to all prompts, and their span store."""
     answers = write(root / "answers", config_of(root, sizes, root / "answers", "kd", False, 1))
     chosen, rejected = root / "answers" / "chosen", root / "answers" / "rejected"
     run_once(chosen / "manifest.json", "generate", answers, "--model", root / "teacher" / "export", "--output", chosen)
