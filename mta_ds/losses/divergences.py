@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from mta_ds.config import Section
 from mta_ds.ops import Divergence, DivergenceName
@@ -42,12 +42,16 @@ class DivergenceConfig(Section):
 
     @model_validator(mode="after")
     def _options_belong(self) -> Self:
-        # a default is never an error: the resolved config that a run writes down names every option
         for option, names in _OPTIONS.items():
-            value = getattr(self, option)
-            if value != type(self).model_fields[option].default and self.divergence not in names:
+            if option in self.model_fields_set and self.divergence not in names:
                 raise ValueError(f"{option} is an option of {' and '.join(names)}, not of {self.divergence}; remove it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _own_options(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written down names no option of another divergence, so that it can be read back."""
+        foreign = {option for option, names in _OPTIONS.items() if self.divergence not in names}
+        return {name: value for name, value in serialize(self).items() if name not in foreign}
 
 
 def make_divergence(config: DivergenceConfig, vocab_size: int | None = None) -> Divergence:

@@ -16,6 +16,8 @@ from mta_ds.losses import KDConfig, describe, make_divergence
         ({"divergence": "kl"}, "divergence: .*'fkl'"),
         ({"divergence": "fkl", "alpha": 0.2}, "alpha is an option of skl and srkl, not of fkl; remove it"),
         ({"divergence": "skl", "beta": 0.2}, "beta is an option of jsd, not of skl"),
+        ({"divergence": "tvd", "alpha": 0.1}, "alpha is an option of skl and srkl, not of tvd"),  # its default
+        ({"beta": 0.5}, "beta is an option of jsd, not of fkl"),
         ({"divergence": "skl", "detach_mixture": True}, "detach_mixture is an option of srkl, not of skl"),
         ({"divergence": "sft", "kd_ratio": 0.5}, "kd_ratio is an option of fkl .* not of sft"),
         ({"divergence": "skl", "alpha": 1.0}, "alpha: "),
@@ -31,7 +33,10 @@ def test_wrong_values_are_one_line(values, message):
 @pytest.mark.parametrize("name", ["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl"])
 def test_a_written_configuration_reads_back(name):
     config = KDConfig(divergence=name)
-    assert validate(yaml.safe_load(dump(config)), KDConfig, where="run.yaml") == config
+    written = yaml.safe_load(dump(config))
+    assert validate(written, KDConfig, where="run.yaml") == config
+    assert ("alpha" in written) == (name in ("skl", "srkl")) and ("beta" in written) == (name == "jsd")
+    assert config.model_copy().model_dump() == written
 
 
 def test_every_option_reaches_the_op():
