@@ -189,12 +189,18 @@ def export(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks 
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page; else RUN/report.html, or comparison.html for several runs.")
+    ] = None,
 ) -> None:
-    """Write <run_dir>/report.html: loss curves, scores before and after, samples."""
-    from mta_ds.evaluation import write_report
+    """Write a page about a run: loss curves, scores, samples; or one that compares several."""
+    from mta_ds.evaluation import write_comparison, write_report
 
-    print(write_report(run_dir))
+    if len(run_dirs) == 1:
+        print(write_report(run_dirs[0], output=output))
+    else:
+        print(write_comparison(run_dirs, output or Path("comparison.html")))
 
 
 @app.command()

@@ -193,6 +193,11 @@ def test_evaluate_and_report(mta_ds, pair: Path, tmp_path: Path) -> None:
     assert result["kl"] > 0 and result["loss"] > 0 and 0 <= result["rouge_l"]["mean"] <= 100
     code, out, _ = mta_ds("report", tmp_path / "run")
     assert code == 0 and "<html" in Path(out.strip()).read_text()
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    runs = [tmp_path / "run", tmp_path / "other"]
+    code, out, _ = mta_ds("report", *runs, "--output", tmp_path / "page.html")
+    assert code == 0 and "2 runs compared" in Path(out.strip()).read_text()
+    assert_one_line(mta_ds("report", *runs, tmp_path / "none"), 1, "none: no such run folder")
 
 
 def test_parse_says_what_is_missing_and_reports_what_is_there(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Text from a model, and scores of a student: loss, distance from the teacher, ROUGE-L; and a run's report."""
 
+from mta_ds.evaluation.compare import write_comparison
 from mta_ds.evaluation.evaluate import EvaluationConfig, evaluate
 from mta_ds.evaluation.generate import GenerateConfig, Response, answer_shard, respond, write_responses
 from mta_ds.evaluation.generated import GeneratedManifest, ResponseCounts, finish
@@ -39,6 +40,7 @@ __all__ = [
     "response_text",
     "rouge_l",
     "validate",
+    "write_comparison",
     "write_report",
     "write_responses",
 ]

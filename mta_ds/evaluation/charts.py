@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
+_DASHES = ("", "5 2", "1.5 1.5")  # the colours' second and third time around
 _MAX_POINTS = 400
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: selectable, and set in the page's own font
@@ -43,6 +44,19 @@ class Line(NamedTuple):
     values: list[float]
 
 
+class Stroke(NamedTuple):
+    """How the lines of one run look, in every chart and in the legend."""
+
+    colour: str
+    dashes: str
+    """As SVG's stroke-dasharray; empty: a whole line."""
+
+
+def stroke(index: int) -> Stroke:
+    """The look of run ``index`` (from 0); no two of the first 24 are alike."""
+    return Stroke(_COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)])
+
+
 def loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Charts of a run's metrics rows: training loss, held-out values, DSA and Hid by key layer; no empty ones."""
     layers = sorted({int(key[4:]) for row in rows for key in row if re.fullmatch(r"(dsa|hid)/\d+", key)})
@@ -60,15 +74,45 @@ def loss_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     return charts
 
 
-def line_chart(title: str, lines: Sequence[Line], unit: str = "step") -> Markup:
-    """An SVG that scales with its container; few points get markers."""
+def overlay_charts(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """A chart for each metric with the curves of all runs that log it, drawn as :func:`stroke` says; no empty ones."""
+    planned = [
+        ("Training loss", "all terms together", "loss"),
+        ("Base loss", "without the alignment", "base"),
+        ("DSA", "relations between spans, mean of the key layers", "dsa"),
+        ("Hid", "hidden states of covered tokens", "hid"),
+        ("Held-out loss", "cross-entropy with the labels, nats a token", "validation/loss"),
+        ("Held-out KL", "to the teacher, nats a token", "validation/kl"),
+        ("Learning rate", "the student's", "lr"),
+        ("Gradient norm", "before clipping", "grad_norm"),
+    ]
+    charts = []
+    for title, note, key in planned:
+        lines = [_line(rows, key, "") for rows in runs]
+        if any(line.steps for line in lines):
+            charts.append(Chart(title, note, line_chart(title, lines, legend=False)))
+    return charts
+
+
+def line_chart(title: str, lines: Sequence[Line], unit: str = "step", legend: bool = True) -> Markup:
+    """An SVG that scales with its container; few points get markers, a line without points none."""
     with _axes(title) as (figure, axes):
-        for line, colour in zip(lines, _COLOURS * (1 + len(lines) // len(_COLOURS)), strict=False):
+        for index, line in enumerate(lines):
+            look = stroke(index)
             steps, values = _thinned(line)
-            marker = "o" if len(steps) <= 12 else None
-            axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=line.name)
+            axes.plot(
+                steps,
+                values,
+                color=look.colour,
+                linestyle=(0, tuple(map(float, look.dashes.split()))),
+                linewidth=1.6,
+                marker="o" if len(steps) <= 12 else None,
+                markersize=3.5,
+                label=line.name,
+            )
         axes.set_xlabel(unit)
-        axes.legend(frameon=False, ncols=2 if len(lines) > 3 else 1, handlelength=1.2)
+        if legend:
+            axes.legend(frameon=False, ncols=2 if len(lines) > 3 else 1, handlelength=1.2)
         return _inline(figure, f"{title} by {unit}")
 
 
@@ -114,7 +158,7 @@ def _line(rows: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
 
 def _thinned(line: Line) -> tuple[list[float], list[float]]:
     """At most ``_MAX_POINTS`` points, each the mean of a block of neighbours: long runs stay small and legible."""
-    size = -(-len(line.steps) // _MAX_POINTS)
+    size = max(1, -(-len(line.steps) // _MAX_POINTS))
     blocks = [slice(start, start + size) for start in range(0, len(line.steps), size)]
 
     def means(values: list[float]) -> list[float]:

@@ -22,6 +22,16 @@ _MAX_TEXTS = 6
 _MAX_TREES = 3
 
 
+class RunFiles(NamedTuple):
+    """What a run folder tells in numbers; what it lacks is empty."""
+
+    metrics: list[Json]
+    perf: list[Json]
+    evaluations: dict[str, Json]
+    """Of the student before and after training, and of the teacher."""
+    environment: Json
+
+
 class Score(NamedTuple):
     """One row of the table; a missing value is an empty string."""
 
@@ -43,23 +53,20 @@ class Sample(NamedTuple):
     reference: str
 
 
-def write_report(run_dir: Path, example: ParsedExample | None = None) -> Path:
+def write_report(run_dir: Path, example: ParsedExample | None = None, output: Path | None = None) -> Path:
     """Write ``run_dir``/report.html from what the run folder holds; sections without data are left out.
 
     Args:
         run_dir: with metrics.jsonl, perf.jsonl, config.yaml, environment.json, evaluation/{before,after,teacher}.json;
             any of them may be missing, and a run may still be going on.
         example: one parsed text with the units chosen from it, drawn as trees.
+        output: where to write instead.
 
     Raises:
         UserError: the folder is none, or holds neither metrics nor an evaluation.
     """
     run_dir = Path(run_dir)
-    metrics = _read_lines(run_dir / "metrics.jsonl")
-    evaluations = {name: _read_json(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after", "teacher")}
-    if not metrics and not any(evaluations.values()):
-        raise UserError(f"{run_dir}: not a run folder, it has neither metrics.jsonl nor evaluation/*.json")
-    environment = _read_json(run_dir / "environment.json")
+    metrics, perf, evaluations, environment = read_run(run_dir)
     context = {
         "title": run_dir.resolve().name,
         "summary": summary(metrics, evaluations, environment),
@@ -67,15 +74,30 @@ def write_report(run_dir: Path, example: ParsedExample | None = None) -> Path:
         "has_teacher": bool(evaluations["teacher"]),
         "charts": loss_charts(metrics),
         "samples": samples(run_dir / "evaluation", evaluations),
-        "performance": performance(_read_lines(run_dir / "perf.jsonl")),
+        "performance": performance(perf),
         "marked": marked_text(example) if example else None,
         "trees": trees(example, _MAX_TREES) if example else [],
         "num_sentences": len(example.units.sentences) - 1 if example else 0,
         "folded": _folded(run_dir, evaluations),
     }
-    path = run_dir / "report.html"
+    path = output or run_dir / "report.html"
     write_atomic(path, render_page("report.html.j2", context))
     return path
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run folder, of a run that may still be going on.
+
+    Raises:
+        UserError: the folder is none, or holds neither metrics nor an evaluation.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run folder")
+    metrics = _read_lines(run_dir / "metrics.jsonl")
+    evaluations = {name: _read_json(run_dir / "evaluation" / f"{name}.json") for name in ("before", "after", "teacher")}
+    if not metrics and not any(evaluations.values()):
+        raise UserError(f"{run_dir}: not a run folder, it has neither metrics.jsonl nor evaluation/*.json")
+    return RunFiles(metrics, _read_lines(run_dir / "perf.jsonl"), evaluations, _read_json(run_dir / "environment.json"))
 
 
 def summary(metrics: Sequence[Json], evaluations: Mapping[str, Json], environment: Json) -> str:
@@ -128,14 +150,14 @@ def performance(rows: Sequence[Json]) -> list[tuple[str, str]]:
 
 
 def _score(name: str, note: str, key: str, evaluations: Mapping[str, Json]) -> Score:
-    before, after, teacher = (_value(evaluations[model], key) for model in ("before", "after", "teacher"))
+    before, after, teacher = (value_of(evaluations[model], key) for model in ("before", "after", "teacher"))
     change, percent, improved = "", "", False
     if before is not None and after is not None:
         difference = after - before
         improved = difference > 0 if key == "rouge_l" else difference < 0
         change = (f"{difference:+.2f}" if key == "rouge_l" else f"{difference:+.3f}").replace("-", "−")
         percent = f"{100 * difference / before:+.0f} %".replace("-", "−") if before > 0 else ""
-    shown = [_number(evaluations[m], key, v) for m, v in zip(evaluations, (before, after, teacher), strict=True)]
+    shown = [shown_value(evaluations[m], key, v) for m, v in zip(evaluations, (before, after, teacher), strict=True)]
     return Score(name, note, shown[0], shown[1], change, percent, shown[2], improved)
 
 
@@ -153,13 +175,15 @@ def _sample(record_id: str, texts: Mapping[str, Mapping[str, Json]]) -> Sample:
     return Sample(first["fields"], answers, first["references"][0])
 
 
-def _value(evaluation: Json, key: str) -> float | None:
+def value_of(evaluation: Json, key: str) -> float | None:
+    """A score of an evaluation, the mean of several passes; None if it has none."""
     value = evaluation.get(key)
     value = value.get("mean") if isinstance(value, dict) else value
     return float(value) if isinstance(value, int | float) else None
 
 
-def _number(evaluation: Json, key: str, value: float | None) -> str:
+def shown_value(evaluation: Json, key: str, value: float | None) -> str:
+    """The value as the tables show it, with its deviation over passes; empty if there is none."""
     if value is None:
         return ""
     if key != "rouge_l":

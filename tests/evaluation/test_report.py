@@ -127,8 +127,10 @@ def test_an_evaluation_without_training_or_texts(tmp_path):
 
 
 def test_not_a_run_folder(tmp_path):
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="no such run folder"):
         write_report(tmp_path / "missing")
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path)
 
 
 def test_a_damaged_line_is_named(tmp_path):
