@@ -9,12 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mta_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_SHOULD_BE = "should be "
 
 
 class Section(BaseModel):
@@ -113,32 +119,46 @@ def _describe(error: ValidationError, schema: type[Section]) -> str:
         return f"{key}: unknown key; {hint}{rest}"
     if problem["type"] == "missing":
         return f"{key}: required key is missing{rest}"
-    message = problem["msg"].removeprefix("Value error, ")
+    # where a value may be of several types, each of them has its problem with it
+    same = [p for p in problems if _locate(p["loc"], schema)[0] == parts]
+    rest = f" (and {len(problems) - len(same)} more)" if len(problems) > len(same) else ""
     given = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    message = " or ".join(dict.fromkeys(map(_message, same))).replace(f" or {_SHOULD_BE}", " or ")
     return f"{key}: {message}{given}{rest}" if key else f"{message}{rest}"
+
+
+def _message(problem: ErrorDetails) -> str:
+    """What is wrong, in YAML's words."""
+    wanted = {"tuple_type": "a list", "model_type": "a mapping"}.get(problem["type"])
+    if wanted is not None:
+        return f"{_SHOULD_BE}{wanted}"
+    return problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
 
 
 def _locate(location: tuple[int | str, ...], schema: type[Section]) -> tuple[list[str], type[BaseModel]]:
     """The dotted key of a problem, and the section that owns its last part.
 
-    Where a section may be one of several, pydantic puts the chosen one's tag between the keys: it is no key.
+    Where a value may be of one of several types, pydantic puts the name of one between the keys: it is no key.
     """
     owner: type[BaseModel] = schema
-    choices: list[type[BaseModel]] = []
+    models: list[type[BaseModel]] = []
+    has_choice = False
     parts: list[str] = []
-    for i, part in enumerate(location):
-        if len(choices) > 1:
-            tagged = [model for model in choices if part in _tags(model)]
-            if tagged:
-                owner, choices = tagged[0], []
-                continue
-        if choices:
-            owner, choices = choices[0], []
+    for part in location:
+        if models:
+            owner, models = next((model for model in models if part in _tags(model)), models[0]), []
+        if has_choice:
+            has_choice = False
+            continue
         parts.append(str(part))
-        field = owner.model_fields.get(str(part))
-        if field is not None and i < len(location) - 1:
-            choices = _models_in(field.annotation)
+        if (field := owner.model_fields.get(str(part))) is not None:
+            models, has_choice = _models_in(field.annotation), _is_choice(field.annotation)
     return parts, owner
+
+
+def _is_choice(annotation: Any) -> bool:
+    """Whether a value may be of several types, None aside."""
+    return get_origin(annotation) in (Union, UnionType) and len({*get_args(annotation)} - {NoneType}) > 1
 
 
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:

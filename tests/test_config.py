@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -18,6 +19,7 @@ class Inner(Section):
 class Outer(Section):
     name: str
     mta: Inner | None = Inner()
+    targets: tuple[str, ...] | Literal["all"] = "all"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -47,6 +49,10 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ("name: a\nzzzzz: 1", [], "valid keys: name, mta"),
         ("mta: {}", [], "name: required key is missing"),
         ("name: a\nmta: {lambda_dsa: much}", [], "mta.lambda_dsa: .*got 'much'"),
+        ("name: a\ntargets: q", [], "targets: should be a list or 'all', got 'q'$"),
+        ("name: a\ntargets: [3]", [], "targets.0: should be a valid string, got 3"),
+        ("name: a\nmta: {layers: 3}", [], "mta.layers: should be a list, got 3$"),
+        ("name: a\nmta: 3", [], "mta: should be a mapping, got 3$"),
         ("- a", [], "top level must be a mapping"),
         ("a: [", [], "not valid YAML"),
         ("name: a", ["name"], "write it as section.key=value"),
