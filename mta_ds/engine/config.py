@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mta_ds.config import Section
 from mta_ds.data import DataConfig
@@ -98,8 +98,39 @@ class RunConfig(Section):
     loss: LossConfig = KDConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    generation: GenerateConfig = GenerateConfig()
+    generation: GenerateConfig = Field(default={}, validate_default=True)
     parse: ParseConfig | None = None
+
+    @field_validator("generation", mode="before")
+    @classmethod
+    def _as_long_as_what_is_trained_on(cls, value: Any, others: ValidationInfo) -> Any:
+        """Text that is trained on at once has the limits of the training records, unless it has its own."""
+        data = others.data.get("data")
+        if isinstance(value, dict) and data is not None and _regenerates(others.data.get("loss")):
+            return {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length} | value
+        return value
+
+    @model_validator(mode="after")
+    def _answers_to_the_training_records(self) -> RunConfig:
+        if not self.regenerates:
+            return self
+        ours, data = self.generation, self.data
+        for name in ("inputs", "output", "model"):
+            if getattr(ours, name) != GenerateConfig.model_fields[name].default:
+                raise ValueError(
+                    f"generation.{name}: loss.regenerate has the run's own models answer data.train; leave it out"
+                )
+        if ours.max_prompt_length != data.max_prompt_length:
+            raise ValueError(
+                f"generation.max_prompt_length: {ours.max_prompt_length}, but responses are trained on behind "
+                f"{data.max_prompt_length} tokens (data.max_prompt_length); leave it out"
+            )
+        if ours.max_length > data.max_length:
+            raise ValueError(
+                f"generation.max_length: {ours.max_length}, but training cuts at {data.max_length} (data.max_length); "
+                "leave it out or make it smaller"
+            )
+        return self
 
     @model_validator(mode="after")
     def _spans_for_mta(self) -> RunConfig:
@@ -122,7 +153,7 @@ class RunConfig(Section):
     @property
     def regenerates(self) -> bool:
         """Whether the training records are written anew at each epoch."""
-        return isinstance(self.loss, DistiLLM2Config) and self.loss.regenerate is not None
+        return _regenerates(self.loss)
 
     def training_hash(self) -> str:
         """Hash of what must not change between a checkpoint and its resumption, the batch size aside."""
@@ -134,3 +165,7 @@ class RunConfig(Section):
         for model in ("teacher", "student"):
             del values[model]["deepspeed"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _regenerates(loss: LossConfig | None) -> bool:
+    return isinstance(loss, DistiLLM2Config) and loss.regenerate is not None

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mta_ds.engine.environment import describe_environment
 from mta_ds.engine.export import export, model_card
 from mta_ds.engine.health import Heartbeat
 from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
+from mta_ds.engine.regenerate import Watch
 from mta_ds.engine.setup import Run, prepare
 from mta_ds.engine.shards import own_shard
 from mta_ds.engine.stopping import StopWatch
@@ -55,8 +56,14 @@ def train(config: RunConfig) -> bool:
     if step == 0:
         heartbeat.beat(0, "validate")
         validate_run(run, step, log)
+
+    def begin_epoch() -> bool:
+        checkpoints.finish()  # the models that write are on disk before a stop can come
+        heartbeat.beat(step, "generate")
+        return use_epoch_pairs(run, Watch(stop.agreed, lambda _: heartbeat.beat(step, "generate")))
+
     ready = time.perf_counter()
-    for source, batches in steps(run, step):
+    for source, batches in steps(run, step, begin_epoch):
         step += 1
         heartbeat.beat(step, "step")
         began = time.perf_counter()
@@ -68,7 +75,7 @@ def train(config: RunConfig) -> bool:
             heartbeat.beat(step, "validate")
             validate_run(run, step, log)
         stopping = stop.agreed()
-        if stopping or is_due(step, config.train.save_every, run.num_steps):
+        if stopping or is_due(step, config.train.save_every, run.num_steps) or regenerates_next(run):
             heartbeat.beat(step, "save")
             save(run, checkpoints, step)
         if stopping:
@@ -121,15 +128,35 @@ def train_step(run: Run, step: int, batches: list[Batch], source: Source = Sourc
     return shares
 
 
-def steps(run: Run, done: int) -> Iterator[tuple[Source, list[Batch]]]:
-    """Source and micro-batches of each step that is left."""
+def steps(run: Run, done: int, begin_epoch: Callable[[], bool]) -> Iterator[tuple[Source, list[Batch]]]:
+    """Source and micro-batches of each step that is left.
+
+    Args:
+        begin_epoch: called before an epoch's first step, for a method that writes its records anew; False ends the run.
+    """
     run.loader.samples_consumed = done * samples_per_step(run)
     epoch = None
     for step in range(done + 1, run.num_steps + 1):
         if run.epoch_pairs is not None and run.loader.epoch != epoch:
             epoch = run.loader.epoch
-            run.loader.use(run.epoch_pairs.dataset(epoch, begins=run.loader.epoch_begins))
+            if not begin_epoch():
+                return
         yield run.rollouts.next_step(step) if run.rollouts is not None else (Source.DATA, run.loader.next_step())
+
+
+def use_epoch_pairs(run: Run, watch: Watch) -> bool:
+    """Train on the records of the next step's epoch from now on, made if need be; False if the run stops first."""
+    assert run.epoch_pairs is not None
+    pairs = run.epoch_pairs.dataset(run.loader.epoch, watch, begins=run.loader.epoch_begins)
+    if pairs is None:
+        return False
+    run.loader.use(pairs)
+    return True
+
+
+def regenerates_next(run: Run) -> bool:
+    """Whether the next step waits for new text: a run that stops meanwhile resumes with the models that write it."""
+    return run.epoch_pairs is not None and run.loader.epoch_begins
 
 
 def samples_per_step(run: Run) -> int:

@@ -158,16 +158,18 @@ def answer_shard(
     config: GenerateConfig,
     data: DataConfig,
     shard_index: int,
+    on_batch: Callable[[int], None] | None = None,
 ) -> None:
     """Answer one shard with a model that is in memory, unless it is complete; :func:`finish` completes the folder.
 
     Args:
         name: says in the folder which model it was; another name in the same folder is refused.
+        on_batch: told the number of prompts after each batch.
     """
     identity = _identity(None, inputs, config, data, str(model.dtype).removeprefix("torch."))
     claim(output, identity | {"model": {"path": name, "sha256": {"name": name}}})
     if complete_part(output, shard_index, config.num_shards) is None:
-        _write_part(model, tokenizer, inputs, output, config, data, shard_index)
+        _write_part(model, tokenizer, inputs, output, config, data, shard_index, on_batch)
 
 
 def _write_part(
@@ -178,6 +180,7 @@ def _write_part(
     config: GenerateConfig,
     data: DataConfig,
     index: int,
+    told: Callable[[int], None] | None = None,
 ) -> None:
     name = part_name(index, config.num_shards)
     path = output / f"{name}.jsonl"
@@ -186,7 +189,7 @@ def _write_part(
         with reject_log(output / f"rejects-{name.removeprefix('part-')}.jsonl") as leave_out:
             questions = list(_questions(tokenizer, inputs, config, data, index, tally, leave_out))
             prompts, record_ids = [q.prompt for q in questions], [q.record.id for q in questions]
-            with _progress(f"{index + 1}/{config.num_shards}", len(questions)) as on_batch:
+            with _progress(f"{index + 1}/{config.num_shards}", len(questions), told) as on_batch:
                 responses = respond(model, tokenizer, prompts, record_ids, config, on_batch)
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 for question, response in zip(questions, responses, strict=True):
@@ -270,8 +273,21 @@ def _identity(
 
 
 @contextmanager
-def _progress(shard: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield what is told the number of prompts that are done: a bar on a terminal, else a line every ten seconds."""
+def _progress(shard: str, total: int, told: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
+    """Yield what is told the number of prompts that are done, and tells ``told``."""
+    with _shown(shard, total) as show:
+
+        def on_batch(number: int) -> None:
+            show(number)
+            if told is not None:
+                told(number)
+
+        yield on_batch
+
+
+@contextmanager
+def _shown(shard: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show what is done: a bar on a terminal, else a line every ten seconds."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
@@ -280,15 +296,15 @@ def _progress(shard: str, total: int) -> Iterator[Callable[[int], None]]:
             task = bar.add_task(f"generate {shard}", total=total)
             yield lambda number: bar.advance(task, number)
         return
-    began = told = time.monotonic()
+    began = shown = time.monotonic()
     done = 0
 
     def on_batch(number: int) -> None:
-        nonlocal done, told
+        nonlocal done, shown
         done += number
         now = time.monotonic()
-        if now - told > 10 or done == total:
-            told = now
+        if now - shown > 10 or done == total:
+            shown = now
             logger.info("shard %s: %d of %d responses, %.1f/s", shard, done, total, done / max(now - began, 1e-9))
 
     yield on_batch
