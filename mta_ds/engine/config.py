@@ -16,7 +16,9 @@ from mta_ds.losses import DistiLLM2Config, DistiLLMConfig, KDConfig, LossConfig,
 from mta_ds.models.loading import Dtype, StudentConfig, TeacherConfig
 from mta_ds.spans.parse import ParseConfig
 
-# What may change between a checkpoint and its resumption: it alters nothing of what is learned.
+# What may change between a checkpoint and its resumption: every step that was done would have been the same.
+# So may non_finite: a run that stopped at a NaN is meant to go on with "skip". Batch sizes and parts of generation may
+# not: in another batch logits differ in their last digits, which tips draws, in bfloat16 in most responses.
 _FREE = (
     *("log_every", "validate_every", "save_every", "keep_last", "keep_every", "asynchronous_saves"),
     *("max_minutes", "stop_grace_seconds", "non_finite", "wandb_project"),
@@ -160,8 +162,12 @@ class RunConfig(Section):
         values = self.model_dump(mode="json", include={"teacher", "student", "data", "mta", "loss", "train"})
         if self.regenerates:
             values["generation"] = self.generation.model_dump(mode="json")
-        for free in _FREE:
+        # DistiLLM's share of student text changes at validations
+        kept = {"validate_every"} if isinstance(self.loss, DistiLLMConfig) else set()
+        for free in {*_FREE} - kept:
             del values["train"][free]
+        if (rollouts := values["loss"].get("rollouts")) is not None:  # any number of parsers finds the same spans
+            rollouts["parser_workers"] = bool(rollouts["parser_workers"])
         for model in ("teacher", "student"):
             del values[model]["deepspeed"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -110,6 +110,25 @@ def test_each_epoch_has_pairs_of_its_own(one_rank) -> None:
 
 
 @pytest.mark.parametrize(
+    ("loss", "train", "may_change"),
+    [
+        ({"method": "kd"}, {"validate_every": 5, "non_finite": "skip"}, True),
+        ({"method": "distillm"}, {"validate_every": 5}, False),  # φ grows at validations
+        ({"method": "distillm"}, {"save_every": 5, "non_finite": "skip"}, True),
+        ({"method": "distillm", "rollouts": {"parser_workers": 3}}, {}, True),
+        ({"method": "distillm", "rollouts": {"parser_workers": 0}}, {}, False),
+        ({"method": "distillm", "rollouts": {"batch_size": 8}}, {}, False),  # rounding tips draws
+    ],
+)
+def test_what_may_change_on_resumption(loss: dict, train: dict, may_change: bool) -> None:
+    base = {"run_dir": "r", "teacher": {"path": "t"}, "student": {"path": "s"}, "mta": None}
+    base |= {"data": {"train": ["x.jsonl"], "validation": ["y.jsonl"]}}
+    before = RunConfig(**base, loss={"method": loss["method"]}, train={"steps": 9})
+    after = RunConfig(**base, loss=loss, train={"steps": 9} | train)
+    assert (after.training_hash() == before.training_hash()) == may_change
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"loss": {"method": "distillm"}, "data__validation": []}, "data.validation: DistiLLM adapts"),
