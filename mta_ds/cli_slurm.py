@@ -6,7 +6,7 @@ As in cli.py, a command imports what it runs; it tells ``mta_ds.launch`` what th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,7 @@ import typer
 from mta_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from mta_ds.launch.pipeline import Work
+    from mta_ds.launch.works import RunSettings
 
 app = typer.Typer(
     help="Submit a run's stages to a Slurm cluster, follow them, cancel them.",
@@ -30,13 +30,15 @@ Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="SETTINGS AND OPTIONS OF SBATCH",
-        help="section.key=value ..., and sbatch's own options, as --nodes=4; for one stage only, train:--nodes=4.",
+        help="section.key=value ..., @FILE, and sbatch's own options, as --nodes=4; for one stage, train:--nodes=4.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the exact commands, and do nothing.")]
 Scripts = Annotated[Path | None, typer.Option(help="Folder of the job scripts; else ./slurm, or the project's.")]
 RunArgument = Annotated[Path, typer.Argument(help="The run's YAML file, or its run folder.")]
-Settings = Annotated[list[str] | None, typer.Argument(help="Settings that override the file: section.key=value ...")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(help="Settings that override the file: section.key=value ..., or @FILE of them.")
+]
 
 
 @app.command(context_settings=_PASSES_ON)
@@ -76,7 +78,7 @@ def pipeline(
     config: ConfigArgument, arguments: Arguments = None, dry_run: DryRun = False, scripts: Scripts = None
 ) -> None:
     """Parse what is missing, check, train, evaluate: each begins when the one before it has succeeded."""
-    from mta_ds.launch.scripts import PIPELINE
+    from mta_ds.launch.options import PIPELINE
 
     _submit(PIPELINE, config, arguments, dry_run, scripts)
 
@@ -128,63 +130,41 @@ def _submit(
 ) -> None:
     """Submit ``stages``, each after the one before it, or print how that would be done."""
     from mta_ds.launch import pipeline as runs
-    from mta_ds.launch.scripts import array_ranges, shell_lines, split_arguments
+    from mta_ds.launch.options import split_arguments
+    from mta_ds.launch.scripts import array_ranges
+    from mta_ds.launch.works import missing_works
 
     given = split_arguments(arguments or (), stages)
     run_dir = _run_dir(config, list(given.overrides))
-    works = runs.without_alive(run_dir, _works(stages, config, given.overrides, run_dir), alone=len(stages) > 1)
-    jobs = [runs.make_job(work, run_dir, config, given, runs.find_script(work.stage, scripts)) for work in works]
-    if not jobs:
-        print(f"{stages[0]}: every shard is complete or on its way")
-    elif dry_run:
-        print("\n".join(shell_lines(jobs, runs.folder(run_dir) / "site.env")))
-    else:
-        for made in runs.submit(run_dir, jobs, config, jobs[0].script.with_name("site.env")):
-            print(f"{made.stage}: job {made.job_id}" + (f", shards {array_ranges(made.shards)}" if made.shards else ""))
+    missing = missing_works(stages, run_dir, _settings(stages, config, given.overrides))
+    works = runs.without_alive(run_dir, missing, alone=len(stages) > 1)
+    if not works:
+        print(f"{', '.join(stages)}: complete, or on its way; nothing to submit")
+        return
+    plan = runs.make_plan(run_dir, works, config, given, [runs.find_script(work.stage, scripts) for work in works])
+    if dry_run:
+        print(runs.dry_run(run_dir, plan))
+        return
+    for made in runs.submit(run_dir, plan):
+        print(f"{made.stage}: job {made.job_id}" + (f", shards {array_ranges(made.shards)}" if made.shards else ""))
 
 
-def _works(stages: Sequence[str], config: Path, overrides: Sequence[str], run_dir: Path) -> list[Work]:
-    """What each stage has to make; a pipeline parses only if the run has a section for it."""
-    from mta_ds.launch.pipeline import Work
+def _settings(stages: Sequence[str], config: Path, overrides: Sequence[str]) -> RunSettings:
+    """What ``mta_ds.launch`` must know of the run; a pipeline parses only if there is a section for it."""
+    from mta_ds.launch.works import RunSettings, Shards
     from mta_ds.spans.merge import complete_part
     from mta_ds.spans.parse import resolve_config
+    from mta_ds.spans.store import part_name
 
     if tuple(stages) == ("parse",):  # needs no models, and of the file no more than this
         parsing = resolve_config(config, overrides, {})
-        return [_work_of_shards("parse", parsing.output, parsing.num_shards, complete_part)]
+        return RunSettings({"parse": Shards(parsing.output, parsing.num_shards, part_name, complete_part)})
     from mta_ds.config import load
-    from mta_ds.engine import RunConfig
+    from mta_ds.engine import RunConfig, generated_folder
+    from mta_ds.evaluation.generated import complete_part as complete_answers
 
     run = load(config, RunConfig, overrides)
-    # that training has begun is what a passed check leaves behind
-    ends = {
-        "check": run_dir / "config.yaml",
-        "train": run_dir / "export",
-        "evaluate": run_dir / "evaluation/after.json",
-    }
-    works = []
-    for stage in stages:
-        if stage == "parse":
-            if run.parse is not None:
-                works.append(_work_of_shards(stage, run.parse.output, run.parse.num_shards, complete_part))
-        elif stage == "generate":
-            from mta_ds.engine import generated_folder
-            from mta_ds.evaluation.generated import complete_part as complete_answers
-
-            output = generated_folder(run)
-            works.append(_work_of_shards(stage, output, run.generation.num_shards, complete_answers))
-        else:
-            works.append(Work(stage, None, (str(ends[stage].absolute()),)))
-    return works
-
-
-def _work_of_shards(stage: str, output: Path, number: int, complete_part: Callable[[Path, int, int], object]) -> Work:
-    """The shards of a folder that are not complete."""
-    from mta_ds.launch.pipeline import Work
-    from mta_ds.spans.store import part_name
-
-    missing = [index for index in range(number) if complete_part(output, index, number) is None]
-    if not missing and not (output / "manifest.json").is_file():
-        missing = [0]  # will find all parts there, and write the manifest
-    markers = (str(output.absolute() / f"{part_name(index, number)}.json") for index in missing)
-    return Work(stage, tuple(missing), tuple(markers))
+    shards = {"generate": Shards(generated_folder(run), run.generation.num_shards, part_name, complete_answers)}
+    if run.parse is not None:
+        shards["parse"] = Shards(run.parse.output, run.parse.num_shards, part_name, complete_part)
+    return RunSettings(shards, run.training_hash(), run.evaluation.model_dump(mode="json"))

@@ -1,4 +1,7 @@
-"""A real Slurm for tests: two nodes on loopback, without cgroups, on ports that are free and under names of its own."""
+"""A real Slurm for tests: two nodes on loopback, without cgroups, on ports that are free and under names of its own.
+
+Also what tests do to its jobs, and the runs that they submit.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,21 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from support import read_metrics, write_config
 
 from mta_ds.launch.slurm import FINISHED_BADLY
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 NODES = ("c1", "c2")
+STEPS = 12
+"""Of a run that :func:`write_run` describes."""
+
+Command = Callable[..., tuple[int, str, str]]
+"""``mta-ds`` in this process: (exit code, stdout, stderr)."""
 
 CONFIGURATION = """\
 ClusterName=ci
@@ -189,6 +198,61 @@ def wait_for(condition: Callable[[], bool], what: str, root: Path, seconds: floa
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not there after {seconds:.0f} s\n{Cluster(root).logs()}")
         time.sleep(0.2)
+
+
+def start_again(cluster: Cluster, job: str, restart: int, begun: Sequence[str] = ("RUNNING", "COMPLETED")) -> None:
+    """Wait until a job runs for the ``restart``-th time again, and spare it the two minutes that Slurm lets it wait.
+
+    Not all of them: a node refuses a job whose credential is as old, in whole seconds, as the end of its last run, and
+    Slurm then calls the job FAILED.
+    """
+    hurried = False
+
+    def has_begun() -> bool:
+        nonlocal hurried
+        state, restarts = cluster.restarts(job)
+        if restarts == restart and state == "PENDING" and not hurried:
+            cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+            hurried = True
+        # while a requeue is under way a job may be shown as FAILED: its script has ended with 75
+        return restarts > restart or (restarts == restart and state in begun)
+
+    wait_for(has_begun, f"restart {restart}", cluster.root)
+
+
+def freeze_after(cluster: Cluster, run_dir: Path, job: str, step: int) -> None:
+    """Stop a job's ranks, without their knowledge, once they have logged ``step``."""
+    metrics = run_dir / "metrics.jsonl"
+
+    def has_come() -> bool:
+        assert cluster.jobs(job)[job] not in ("FAILED", "CANCELLED", "COMPLETED"), cluster.logs()
+        return metrics.is_file() and any(row["step"] >= step for row in read_metrics(run_dir))
+
+    wait_for(has_come, f"step {step}", cluster.root)
+    cluster.run("scancel", "--signal=STOP", job)
+
+
+def minutes_so_far(cluster: Cluster, job: str) -> int:
+    """How long a job has run, in minutes, rounded up."""
+    *_, minutes, _ = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
+    return int(minutes) + 1
+
+
+def write_run(pair: Path, root: Path, run_dir: Path, **changes: object) -> Path:
+    """A run's YAML that parses into ``root``/spans."""
+    values = {
+        "parse": {
+            "inputs": [str(pair / "train.jsonl"), str(pair / "heldout.jsonl")],
+            "output": str(root / "spans"),
+            "num_shards": 4,
+        },
+        "data__spans": str(root / "spans"),
+        "train__steps": STEPS,
+        "train__save_every": 4,
+        "train__micro_batch_size": 2,
+        "evaluation": {"max_length": 40, "max_prompt_length": 24, "seeds": [10], "max_records": 2},
+    }
+    return write_config(pair, run_dir, **(values | changes))
 
 
 def _free_ports(number: int) -> list[int]:

@@ -1,10 +1,10 @@
 """Stages of a run as Slurm jobs: submit them with their dependencies, remember them, cancel them.
 
-    <run_dir>/slurm/jobs.json       what was submitted, the last stages last
-                    run.yaml        the configuration as it was then (a copy under its own name)
-                    site.env        what the jobs read about the cluster (a copy)
-                    logs/           one a job, or a task of an array; restarts append
-                    restarts.json   see launch/guard.py
+    <run_dir>/slurm/jobs.json               what was submitted, the last stages last
+                    run-<hash>.yaml         the configuration as it was then, and each @FILE (see launch/copies.py)
+                    site-<hash>.env         what the jobs read about the cluster (a copy)
+                    logs/                   one a job, or a task of an array; restarts append
+                    restarts.json           see launch/guard.py
 
 A job needs no folder but this one, and what its configuration names.
 """
@@ -12,6 +12,7 @@ A job needs no folder but this one, and what its configuration names.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from mta_ds.config import Section
 from mta_ds.errors import UserError
 from mta_ds.files import write_atomic
 from mta_ds.launch import slurm
-from mta_ds.launch.scripts import SITE, Given, Job, log_pattern, sbatch_command
+from mta_ds.launch.copies import Copy, copy_of
+from mta_ds.launch.options import CHDIR, OUTPUT, Given, refuse_useless, with_site
+from mta_ds.launch.scripts import SITE, Job, log_pattern, log_pattern_of, sbatch_command, shell_lines
+from mta_ds.launch.works import Work
 
 
 class Submission(Section):
@@ -51,14 +55,14 @@ class RunFolder(Section):
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a stage has to make."""
+class Plan:
+    """Jobs, each of which begins when the one before it has succeeded, and what must lie in the run folder for them."""
 
-    stage: str
-    shards: tuple[int, ...] | None
-    """Those that are missing; None for a stage without shards."""
-    markers: tuple[str, ...]
-    """Files or folders that are there once a shard is complete, in the order of ``shards``; or the one of the stage."""
+    jobs: tuple[Job, ...]
+    site: Copy
+    """Of the ``site.env`` beside the scripts."""
+    copies: tuple[Copy, ...]
+    """Of all files that the jobs read."""
 
 
 def find_script(stage: str, scripts: Path | None) -> Path:
@@ -72,19 +76,51 @@ def find_script(stage: str, scripts: Path | None) -> Path:
         if (place / f"{stage}.sbatch").is_file():
             return (place / f"{stage}.sbatch").absolute()
     looked = " or ".join(str(place) for place in places)
-    raise UserError(f"no {stage}.sbatch in {looked}; name the folder of the job scripts with --scripts")
+    raise UserError(
+        f"no {stage}.sbatch in {looked}; name the folder of the job scripts with --scripts: slurm/ of the project's "
+        "sources, or your copy (an installed package has none)"
+    )
 
 
-def make_job(work: Work, run_dir: Path, config: Path, given: Given, script: Path) -> Job:
-    """The job that makes ``work``; it reads the copy of ``config`` that :func:`submit` leaves in the run folder."""
+def make_plan(run_dir: Path, works: Sequence[Work], config: Path, given: Given, scripts: Sequence[Path]) -> Plan:
+    """The jobs that make ``works``, each by its script of ``scripts``; they read copies of what the user may edit.
+
+    Raises:
+        UserError: a file cannot be read, or a stage cannot have an option that the user gave.
+    """
     home = folder(run_dir)
+    site = copy_of(scripts[0].with_name("site.env"), home)
+    copies = [copy_of(config, home)]
+    arguments = [str(copies[0].path)]
+    for override in given.overrides:
+        if override.startswith("@"):
+            copies.append(copy_of(Path(override[1:]), home))
+            override = f"@{copies[-1].path}"
+        arguments.append(override)
+    jobs = [
+        _make_job(work, run_dir, tuple(arguments), given.for_stage(work.stage), script)
+        for work, script in zip(works, scripts, strict=True)
+    ]
+    return Plan(tuple(jobs), site, (*copies, site))
+
+
+def _make_job(work: Work, run_dir: Path, arguments: tuple[str, ...], options: tuple[str, ...], script: Path) -> Job:
+    """The job that makes ``work``; wherever the user has its log written."""
+    is_array = work.shards is not None
+    refuse_useless(options, work.stage, is_array)
+    outputs, options = OUTPUT.take(options)
+    if outputs:
+        chosen, _ = CHDIR.take(options)
+        log = log_pattern_of(outputs[-1], Path(*chosen[-1:]).absolute())
+    else:
+        log = log_pattern(folder(run_dir) / "logs", work.stage, is_array)
     return Job(
         stage=work.stage,
         script=script,
-        arguments=(str(home / config.name), *given.overrides),
+        arguments=arguments,
         name=f"mta-{work.stage} {run_dir.absolute().name}",
-        log=log_pattern(home / "logs", work.stage, is_array=work.shards is not None),
-        options=given.for_stage(work.stage),
+        log=log,
+        options=with_site(options, SITE, os.environ.get("SBATCH_EXPORT")),
         shards=work.shards,
         markers=work.markers,
     )
@@ -124,8 +160,14 @@ def folder(run_dir: Path) -> Path:
     return run_dir.absolute() / "slurm"
 
 
-def submit(run_dir: Path, jobs: Sequence[Job], config: Path, site: Path) -> list[Submission]:
-    """Copy ``config`` and ``site`` (a ``site.env``) to the run folder and submit ``jobs``, each after the one before.
+def dry_run(run_dir: Path, plan: Plan) -> str:
+    """The commands that do what :func:`submit` does, a line each."""
+    new = [copy for copy in plan.copies if not copy.path.exists()]
+    return "\n".join(shell_lines(plan.jobs, plan.site, new, folder(run_dir) / "logs"))
+
+
+def submit(run_dir: Path, plan: Plan) -> list[Submission]:
+    """Write the plan's copies and submit its jobs, each after the one before.
 
     Raises:
         UserError: sbatch refuses one of them; those before it are cancelled again. Or the run folder cannot be written.
@@ -133,21 +175,21 @@ def submit(run_dir: Path, jobs: Sequence[Job], config: Path, site: Path) -> list
     home = folder(run_dir)
     try:
         (home / "logs").mkdir(parents=True, exist_ok=True)
-        write_atomic(home / config.name, config.read_bytes())
-        write_atomic(home / "site.env", site.read_bytes())
+        for copy in plan.copies:
+            copy.keep()
     except OSError as error:
         raise UserError(f"{error.filename or home}: {error.strerror}") from None
     earlier = read(run_dir)
     made: list[Submission] = []
-    for job in jobs:
-        command = sbatch_command(job, made[-1].job_id if made else None)
+    for job in plan.jobs:
         try:
-            job_id = slurm.submit(command, {SITE: str(home / "site.env")})
+            command = sbatch_command(job, made[-1].job_id if made else None)
+            job_id = slurm.submit(command, {SITE: str(plan.site.path)})
         except UserError as error:
             if made:
                 slurm.cancel(each.job_id for each in made)
                 _write(run_dir, earlier)
-            raise UserError(f"{job.stage}: {error}") from None
+            raise type(error)(f"{job.stage}: {error}") from None
         made.append(
             Submission(
                 stage=job.stage,

@@ -6,71 +6,19 @@ is a list of arguments, and the lines that ``--dry-run`` prints are quoted.
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mta_ds.errors import UsageError
+from mta_ds.launch.copies import Copy
+from mta_ds.launch.options import DEPENDENCY
 
-PIPELINE = ("parse", "check", "train", "evaluate")
-"""Stages of a pipeline, each of which begins when the one before it has succeeded."""
-STAGES = (*PIPELINE, "generate")
 SITE = "MTA_DS_SITE"
 """Environment variable that tells a job where its ``site.env`` lies."""
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
-_FOR_STAGE = re.compile(rf"({'|'.join(STAGES)}):(-.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What stands behind CONFIG on the command line."""
-
-    overrides: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    """Of sbatch, for every stage."""
-    stage_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of sbatch, for one stage."""
-
-    def for_stage(self, stage: str) -> tuple[str, ...]:
-        """All options of sbatch for ``stage``; its own come last, which makes sbatch prefer them."""
-        return self.options + self.stage_options.get(stage, ())
-
-
-def split_arguments(arguments: Iterable[str], stages: Sequence[str]) -> Given:
-    """Tell ``section.key=value`` from sbatch's options, which begin with "-", or with "STAGE:-" if for one stage only.
-
-    What follows an option and looks like no override is the option's value, as in ``-p gpu``.
-
-    Args:
-        stages: those that are submitted.
-
-    Raises:
-        UsageError: an argument is neither, or is for a stage that is not submitted.
-    """
-    overrides: list[str] = []
-    options: dict[str | None, list[str]] = {}
-    last: list[str] | None = None
-    for argument in arguments:
-        named = _FOR_STAGE.fullmatch(argument)
-        if named is not None or argument.startswith("-"):
-            stage, option = (named[1], named[2]) if named is not None else (None, argument)
-            if stage is not None and stage not in stages:
-                raise UsageError(f"'{argument}': {stage} is not submitted here, only {', '.join(stages)}")
-            last = options.setdefault(stage, [])
-            last.append(option)
-        elif _OVERRIDE.match(argument):
-            overrides.append(argument)
-            last = None
-        elif last is not None:
-            last.append(argument)
-            last = None
-        else:
-            raise UsageError(f"'{argument}': neither an override (section.key=value) nor an option of sbatch (--...)")
-    common = tuple(options.pop(None, ()))
-    return Given(tuple(overrides), common, {str(stage): tuple(given) for stage, given in options.items()})
 
 
 @dataclass(frozen=True)
@@ -103,10 +51,23 @@ def log_pattern(folder: Path, stage: str, is_array: bool) -> str:
     return f"{str(folder).replace('%', '%%')}/{stage}-{'%A_%a' if is_array else '%j'}.log"
 
 
-def log_path(pattern: str, job_id: str, task: int | None) -> Path:
-    """The log of one job, or of one task of an array."""
-    values = {"%%": "%", "%j": job_id, "%A": job_id, "%a": str(task)}
-    return Path(re.sub("%[%jAa]", lambda found: values[found[0]], pattern))
+def log_pattern_of(given: str, folder: Path) -> str:
+    """The pattern of a log that the user chose, read from ``folder`` where it is relative."""
+    return given if given.startswith("/") else f"{str(folder).replace('%', '%%')}/{given}"
+
+
+def log_glob(pattern: str, job_id: str, task: int | None) -> str:
+    """The log of one job, or of one task of an array, as a pattern for :func:`glob.glob`.
+
+    What sbatch alone knows (a name, a node; of a task, its own number) may be anything.
+    """
+    values = {"%": "%", "A": job_id}
+    values |= {"j": job_id} if task is None else {"a": str(task)}
+    words = re.split(r"%(\d*)([a-zA-Z%])", pattern)
+    found = [glob.escape(words[0])]
+    for width, letter, text in zip(words[1::3], words[2::3], words[3::3], strict=True):
+        found += [values[letter].zfill(int(width or 0)) if letter in values else "*", glob.escape(text)]
+    return "".join(found)
 
 
 def array_ranges(indices: Iterable[int]) -> str:
@@ -127,21 +88,46 @@ def sbatch_command(job: Job, after: str | None = None) -> list[str]:
         after: job that must succeed first; if it does not, this one goes too instead of waiting for ever.
     """
     command = ["sbatch", "--parsable", f"--job-name={job.name}", f"--output={job.log}"]
+    options = job.options
     if job.shards is not None:
         command.append(f"--array={array_ranges(job.shards)}")
     if after is not None:
-        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+        theirs, options = DEPENDENCY.take(options)
+        command += [_dependency(after, theirs), "--kill-on-invalid-dep=yes"]
     # an option that is given twice counts as it stands last: the user's
-    return [*command, *job.options, str(job.script), *job.arguments]
+    return [*command, *options, str(job.script), *job.arguments]
 
 
-def shell_lines(jobs: Sequence[Job], site: Path) -> list[str]:
-    """The commands that submit ``jobs``, for a POSIX shell; each keeps its job's id for the next."""
-    lines = []
+def _dependency(after: str, theirs: Sequence[str]) -> str:
+    """What a job waits for: the stage before it, and what the user says besides."""
+    if theirs and "?" in theirs[-1]:
+        raise UsageError(
+            f"--dependency={theirs[-1]}: sbatch cannot join conditions of which one is enough (?) to the stage before"
+        )
+    return ",".join((f"--dependency=afterok:{after}", *theirs[-1:]))
+
+
+def shell_lines(jobs: Sequence[Job], site: Copy, copies: Sequence[Copy], logs: Path) -> list[str]:
+    """What submits ``jobs``, for a POSIX shell; each command keeps its job's id for the next.
+
+    Args:
+        site: the ``site.env`` that the jobs read.
+        copies: files that must be copied first.
+        logs: folder that must be there.
+    """
+    lines = [shlex.join(["mkdir", "-p", str(logs)])]
+    lines += [shlex.join(["cp", str(copy.source), str(copy.path)]) for copy in copies]
     after: str | None = None
     for job in jobs:
-        dependency = f"--dependency=afterok:{after}"
-        words = [word if word == dependency else shlex.quote(word) for word in sbatch_command(job, after)]
-        lines.append(f"{job.stage}=$({SITE}={shlex.quote(str(site))} {' '.join(words)})")
+        words = (_quote(word, f"--dependency=afterok:{after}") for word in sbatch_command(job, after))
+        lines.append(f"{job.stage}=$({SITE}={shlex.quote(str(site.path))} {' '.join(words)})")
         after = f'"${job.stage}"'
     return lines
+
+
+def _quote(word: str, open_prefix: str) -> str:
+    """``word`` for a shell, except that it reads the variable in ``open_prefix`` if the word begins with that."""
+    if not word.startswith(open_prefix):
+        return shlex.quote(word)
+    rest = word.removeprefix(open_prefix)
+    return open_prefix + (shlex.quote(rest) if rest else "")

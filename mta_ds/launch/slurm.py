@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -41,13 +42,19 @@ Tasks = Mapping[tuple[str, int | None], Task]
 def submit(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """Run an ``sbatch --parsable`` command with ``environment`` added to this process'; returns the job's id.
 
+    What sbatch has to say of a job that it takes (a limit, a site's notice) goes to stderr.
+
     Raises:
-        UserError: what sbatch said.
+        UserError: what sbatch said, where it took none.
     """
     done = _call(command, environment)
     if done.returncode != 0:
         raise UserError(f"{_said(done)}; options such as --partition, --account and --time may follow CONFIG")
-    return done.stdout.strip().partition(";")[0]  # behind ";" is the name of a cluster of a federation
+    print(done.stderr, end="", file=sys.stderr)
+    job_id = done.stdout.strip().partition(";")[0]  # behind ";" is the name of a cluster of a federation
+    if not job_id.isdigit():
+        raise UserError(f"sbatch gave no number of a job: {_said(done)}")
+    return job_id
 
 
 def query(job_ids: Sequence[str]) -> Tasks:

@@ -5,6 +5,7 @@ Slurm forgets a job some minutes after its end where it keeps no accounts; then 
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,14 @@ from pathlib import Path
 
 from mta_ds.errors import UserError
 from mta_ds.launch import slurm
+from mta_ds.launch.options import STAGES
 from mta_ds.launch.pipeline import Submission, read
-from mta_ds.launch.scripts import STAGES, array_ranges, log_path
+from mta_ds.launch.scripts import array_ranges, log_glob
 
 _TAIL_BYTES = 64 * 1024
 _MAX_REASONS = 3
+_BEFORE_BEGIN = ("BOOT_FAIL", "CANCELLED", "DEADLINE")
+"""States of jobs that may not have begun."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,16 @@ def _reason(submission: Submission, shard: int | None, task: slurm.Task) -> str 
         return f"{name}waits: {task.reason}"
     if task.state not in slurm.FINISHED_BADLY and task.state != "UNKNOWN":
         return None
-    log = log_path(submission.log, submission.job_id, shard)
-    if not log.is_file():
-        why = "an earlier stage failed" if task.reason.startswith("Dependency") else task.reason
-        return f"{name}never began{f': {why}' if why else ''}"
-    return f"{name}{task.state}: {telling_line(_tail(log)) or 'it wrote nothing'} ({log})"
+    pattern = log_glob(submission.log, submission.job_id, shard)
+    logs = glob.glob(pattern)
+    if len(logs) == 1:
+        return f"{name}{task.state}: {telling_line(_tail(Path(logs[0]))) or 'it wrote nothing'} ({logs[0]})"
+    if logs:  # the user's pattern has in it what Slurm alone knows
+        return f"{name}{task.state}: its log is one of {pattern}"
+    if task.state not in _BEFORE_BEGIN:
+        return f"{name}{task.state}: no log {submission.log}"
+    why = "an earlier stage failed" if task.reason.startswith("Dependency") else task.reason
+    return f"{name}never began{f': {why}' if why else ''}"
 
 
 def _tail(path: Path) -> str:

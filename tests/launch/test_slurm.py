@@ -2,72 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import io
 import json
-import os
 import shlex
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, missing_programs, wait_for
-from support import read_metrics, write_config
+from slurm_cluster import STEPS, Cluster, Command, freeze_after, minutes_so_far, start_again, wait_for, write_run
+from support import read_metrics
 
-from mta_ds.cli import main
 from mta_ds.launch import pipeline
 from mta_ds.launch.guard import newest_step
-from mta_ds.launch.slurm import Task, parse_sacct
 
-STEPS = 12
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 # what the scripts ask of a cluster's nodes, cut down to these; a name that a shell would take apart
 SMALL = ("--cpus-per-task=1", "--ntasks-per-node=1", "--gpus-per-node=0", '--job-name=it\'s "a" $(job)')
-TWO_NODES = "train:--nodes=2"
+# of these check and evaluate use one, with one task
+TWO_NODES = ("train:--nodes=2", "check:--nodes=2", "evaluate:--nodes=2")
 
 # most of a test is the start of Python in jobs, on a machine that may do other things meanwhile
 pytestmark = pytest.mark.timeout(1800)
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if missing := missing_programs():
-        pytest.skip(f"Slurm is not installed here: no {', '.join(missing)}")
-    if getpass.getuser() != "root":
-        pytest.skip("a Slurm of our own can be started by root alone")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    before = os.environ.copy()
-    os.environ |= cluster.environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-        os.environ.clear()
-        os.environ |= before
-
-
-@pytest.fixture(scope="session")
-def mta_ds() -> Command:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, "argv", ["mta-ds", *map(str, arguments)])
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                main()
-        return int(ended.value.code or 0), out.getvalue(), err.getvalue()
-
-    return run
 
 
 class Finished(NamedTuple):
@@ -85,23 +42,6 @@ class Finished(NamedTuple):
     """Of the second attempt."""
 
 
-def write_run(pair: Path, root: Path, run_dir: Path, **changes: object) -> Path:
-    """A run's YAML that parses into ``root``/spans."""
-    values = {
-        "parse": {
-            "inputs": [str(pair / "train.jsonl"), str(pair / "heldout.jsonl")],
-            "output": str(root / "spans"),
-            "num_shards": 4,
-        },
-        "data__spans": str(root / "spans"),
-        "train__steps": STEPS,
-        "train__save_every": 4,
-        "train__micro_batch_size": 2,
-        "evaluation": {"max_length": 40, "max_prompt_length": 24, "seeds": [10], "max_records": 2},
-    }
-    return write_config(pair, run_dir, **(values | changes))
-
-
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose name a shell would take apart."""
@@ -115,15 +55,15 @@ def finished(cluster: Cluster, mta_ds: Command, pair: Path, root: Path) -> Finis
     """A pipeline of which a task of the parse was killed, and which was then submitted again."""
     run_dir = root / "run a"
     config = write_run(pair, root, run_dir)
-    assert mta_ds("slurm", "pipeline", config, *SMALL, TWO_NODES)[0] == 0
+    assert mta_ds("slurm", "pipeline", config, *SMALL, *TWO_NODES)[0] == 0
     first = ids(run_dir)
     task = f"{first['parse']}_2"
     wait_for(lambda: f"{task}.0" in cluster.steps(), f"a step of {task}", cluster.root)
     cluster.kill(task)
     states = states_by_stage(cluster, first)
     told = mta_ds("slurm", "status", config)[1]
-    dry = mta_ds("slurm", "pipeline", config, *SMALL, TWO_NODES, "--dry-run")[1]
-    assert mta_ds("slurm", "pipeline", config, *SMALL, TWO_NODES)[0] == 0
+    dry = mta_ds("slurm", "pipeline", config, *SMALL, *TWO_NODES, "--dry-run")[1]
+    assert mta_ds("slurm", "pipeline", config, *SMALL, *TWO_NODES)[0] == 0
     return Finished(run_dir, config, states, told, dry, states_by_stage(cluster, ids(run_dir)))
 
 
@@ -159,13 +99,16 @@ def test_the_same_command_submits_only_what_is_missing(finished: Finished, pair:
     )
     assert store["counts"] == whole["counts"] and len(store["parts"]) == 4
     told = mta_ds("slurm", "status", finished.run_dir)[1]
+    assert mta_ds("slurm", "pipeline", finished.config, *SMALL)[1].endswith("nothing to submit\n")
     assert "parse     4 COMPLETED" in told and "train     COMPLETED" in told and f"step {STEPS}  " in told, told
 
 
 def test_a_dry_run_prints_what_is_then_run(finished: Finished) -> None:
     commands = [each.command for each in pipeline.read(finished.run_dir)[4:]]
-    assert len(commands) == len(finished.dry.splitlines()) == 4
-    for line, command in zip(finished.dry.splitlines(), commands, strict=True):
+    folder, *lines = finished.dry.splitlines()  # the copies were there already
+    assert shlex.split(folder) == ["mkdir", "-p", str(finished.run_dir / "slurm" / "logs")]
+    assert len(commands) == len(lines) == 4
+    for line, command in zip(lines, commands, strict=True):
         stage, _, rest = line.removesuffix(")").partition("=$(")
         words = [word for word in shlex.split(rest) if not word.startswith(("MTA_DS_SITE=", "--dependency="))]
         assert words == [word for word in command if not word.startswith("--dependency=")], stage
@@ -176,7 +119,7 @@ def test_logs_lie_in_the_run_folder(finished: Finished) -> None:
     jobs = ids(finished.run_dir)
     for name in (f"parse-{jobs['parse']}_2", *(f"{stage}-{jobs[stage]}" for stage in ("check", "train", "evaluate"))):
         assert (logs / f"{name}.log").is_file(), sorted(logs.iterdir())
-    assert "student ← teacher" in (logs / f"check-{jobs['check']}.log").read_text()
+    assert (logs / f"check-{jobs['check']}.log").read_text().count("student ← teacher") == 1
 
 
 def test_requeued_and_at_its_time_limit_a_training_ends_as_if_undisturbed(
@@ -207,49 +150,12 @@ def test_requeued_and_at_its_time_limit_a_training_ends_as_if_undisturbed(
     assert cluster.wait(job) == {job: "COMPLETED"}
     told = mta_ds("slurm", "status", config)[1]
     assert f"train     COMPLETED (job {job}, 2 restarts)" in told, told
+    assert "stop_grace_seconds: 540" in (run_dir / "config.yaml").read_text()
     assert (run_dir / "metrics.jsonl").read_bytes() == (finished.run_dir / "metrics.jsonl").read_bytes()
     weights, expected = (load_file(each / "export" / "model.safetensors") for each in (run_dir, finished.run_dir))
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, expected[name]), name
-
-
-def start_again(cluster: Cluster, job: str, restart: int, begun: Sequence[str] = ("RUNNING", "COMPLETED")) -> None:
-    """Wait until a job runs for the ``restart``-th time again, and spare it the two minutes that Slurm lets it wait.
-
-    Not all of them: a node refuses a job whose credential is as old, in whole seconds, as the end of its last run, and
-    Slurm then calls the job FAILED.
-    """
-    hurried = False
-
-    def has_begun() -> bool:
-        nonlocal hurried
-        state, restarts = cluster.restarts(job)
-        if restarts == restart and state == "PENDING" and not hurried:
-            cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
-            hurried = True
-        # while a requeue is under way a job may be shown as FAILED: its script has ended with 75
-        return restarts > restart or (restarts == restart and state in begun)
-
-    wait_for(has_begun, f"restart {restart}", cluster.root)
-
-
-def freeze_after(cluster: Cluster, run_dir: Path, job: str, step: int) -> None:
-    """Stop a job's ranks, without their knowledge, once they have logged ``step``."""
-    metrics = run_dir / "metrics.jsonl"
-
-    def has_come() -> bool:
-        assert cluster.jobs(job)[job] not in ("FAILED", "CANCELLED", "COMPLETED"), cluster.logs()
-        return metrics.is_file() and any(row["step"] >= step for row in read_metrics(run_dir))
-
-    wait_for(has_come, f"step {step}", cluster.root)
-    cluster.run("scancel", "--signal=STOP", job)
-
-
-def minutes_so_far(cluster: Cluster, job: str) -> int:
-    """How long a job has run, in minutes, rounded up."""
-    *_, minutes, _ = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
-    return int(minutes) + 1
 
 
 def test_a_failing_stage_stops_the_rest_and_status_says_why(
@@ -359,49 +265,3 @@ def test_what_sbatch_refuses_is_said_whole_and_leaves_nothing(
         assert words in err, err
     assert pipeline.read(tmp_path / "run") == []
     assert cluster.run("squeue", "--noheader") == ""
-
-
-def test_without_slurm_there_is_one_line(
-    mta_ds: Command, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = write_run(pair, tmp_path, tmp_path / "run")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    code, _, err = mta_ds("slurm", "parse", config)
-    assert code == 1 and err == (
-        "mta-ds: error: parse: sbatch: not found; 'mta-ds slurm' is for the login node of a Slurm cluster\n"
-    )
-    code, out, _ = mta_ds("slurm", "parse", config, "--dry-run")
-    assert code == 0 and "--array=0-3" in out
-    code, _, err = mta_ds("slurm", "status", config)
-    assert code == 1 and "no Slurm jobs" in err
-
-
-@pytest.mark.parametrize(
-    ("stage", "options", "stages", "words"),
-    [
-        ("generate", [], ["generate"], ["--array=0-7", "generate.sbatch"]),
-        ("generate", ["generation.num_shards=3", "--array=1"], ["generate"], ["--array=0-2", "--array=1"]),
-        ("evaluate", ["-p", "gpu"], ["evaluate"], ["-p gpu", "evaluate.sbatch"]),
-        ("pipeline", ["parse=null"], ["check", "train", "evaluate"], ['--dependency=afterok:"$train"']),
-        ("pipeline", ["train:-N2"], ["parse", "check", "train", "evaluate"], ["-N2"]),
-    ],
-)
-def test_dry_runs_need_no_slurm(
-    mta_ds: Command, pair: Path, tmp_path: Path, stage: str, options: list[str], stages: list[str], words: list[str]
-) -> None:
-    config = write_run(pair, tmp_path, tmp_path / "run")
-    code, out, err = mta_ds("slurm", stage, config, *options, "--dry-run")
-    assert code == 0, err
-    assert [line.partition("=$(MTA_DS_SITE=")[0] for line in out.splitlines()] == stages
-    for word in words:
-        assert sum(word in line for line in out.splitlines()) == 1, out
-    assert not (tmp_path / "run" / "slurm").exists()
-
-
-def test_accounting_is_read_where_a_cluster_has_it() -> None:
-    text = "12_0|COMPLETED\n12_3|CANCELLED by 1000\n13|NODE_FAIL\n14_[4-7]|PENDING\n"
-    assert parse_sacct(text) == {
-        ("12", 0): Task("COMPLETED"),
-        ("12", 3): Task("CANCELLED"),
-        ("13", None): Task("NODE_FAIL"),
-    }

@@ -9,7 +9,7 @@ import pytest
 from mta_ds.errors import UserError
 from mta_ds.launch import status
 from mta_ds.launch.pipeline import Submission, folder, read
-from mta_ds.launch.slurm import Task, parse_squeue
+from mta_ds.launch.slurm import Task, parse_sacct, parse_squeue
 from mta_ds.launch.status import StageStatus
 
 
@@ -79,6 +79,15 @@ def test_squeue_is_read() -> None:
     }
 
 
+def test_accounting_is_read_where_a_cluster_has_it() -> None:
+    text = "12_0|COMPLETED\n12_3|CANCELLED by 1000\n13|NODE_FAIL\n14_[4-7]|PENDING\n"
+    assert parse_sacct(text) == {
+        ("12", 0): Task("COMPLETED"),
+        ("12", 3): Task("CANCELLED"),
+        ("13", None): Task("NODE_FAIL"),
+    }
+
+
 def test_the_newest_job_of_each_shard_counts_and_what_slurm_forgot_is_looked_up(tmp_path: Path) -> None:
     markers = [tmp_path / f"part-{i}.json" for i in range(3)]
     for marker in markers[:2]:
@@ -97,6 +106,19 @@ def test_the_newest_job_of_each_shard_counts_and_what_slurm_forgot_is_looked_up(
     assert complete.reasons == ("no manifest: submitted again, it writes the manifest or says why not",)
     (tmp_path / "manifest.json").touch()
     assert status._stage_status("parse", [first, again], {}).reasons == ()
+
+
+def test_a_job_that_failed_began_wherever_its_log_is(tmp_path: Path) -> None:
+    def reason(log: str, state: str, why: str = "") -> str | None:
+        job = submission("train", "12", None, [], tmp_path).model_copy(update={"log": f"{tmp_path}/{log}"})
+        return status._reason(job, None, Task(state, why))
+
+    (tmp_path / "a name-12.out").write_text("mta-ds: error: so\n")
+    (tmp_path / "b name-12.out").touch()
+    assert reason("a %x-%j.out", "FAILED") == f"FAILED: mta-ds: error: so ({tmp_path}/a name-12.out)"
+    assert reason("%x-%j.out", "FAILED") == f"FAILED: its log is one of {tmp_path}/*-12.out"
+    assert reason("%j", "FAILED") == f"FAILED: no log {tmp_path}/%j"
+    assert reason("%j", "CANCELLED", "DependencyNeverSatisfied") == "never began: an earlier stage failed"
 
 
 def test_what_was_there_before_a_job_is_not_its_work(tmp_path: Path) -> None:
