@@ -1,16 +1,21 @@
-"""Files that survive a kill: write under a temporary name, fsync, rename; hashes and shard assignment."""
+"""Files that survive a kill or a full disk: whole replacements, and logs that grow; hashes and shard assignment."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_MOST_UNSYNCED = 1 << 20  # bytes of a log that are held in memory
 
 
 def fsync_directory(path: Path) -> None:
@@ -96,13 +101,20 @@ def _temporary(path: Path) -> Path:
 
 
 def _is_alive(pid: int) -> bool:
+    return process_start(pid) is not None
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine began, in ticks since the machine did; None if it is gone, or only a zombie.
+
+    A number is given to another process later; with its start it is that one process.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        # the name before it, in parentheses, may hold anything
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[18] if state not in ("Z", "X") else None
 
 
 def _umask() -> int:
@@ -116,6 +128,92 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+class Appender:
+    """A log that grows by whole records, and that a full disk does not stop.
+
+    What the disk does not take waits in memory for the next record. So does all that is not durable yet: where a disk
+    is shared, the system may take records and find no room for them later.
+
+    Args:
+        path: made if need be.
+        size: so many bytes of what is there stay.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        self._durable = size
+        self._records = bytearray()  # that follow the durable ones
+        self._written = 0  # bytes of them that the system has taken
+        self._told = False
+        self._attempt(self.flush)
+
+    def add(self, record: bytes) -> None:
+        """Append a record, now or later; an error is told once."""
+        self._records += record
+        self._attempt(self.sync if len(self._records) > _MOST_UNSYNCED else self.flush)
+
+    def flush(self) -> None:
+        """Hand all records to the system: a kill of the process loses none.
+
+        Raises:
+            OSError: it does not take them; nothing of them is in the file.
+        """
+        descriptor, whole = self._open(), self._written
+        try:
+            while self._written < len(self._records):
+                rest = bytes(self._records[self._written :])
+                self._written += os.pwrite(descriptor, rest, self._durable + self._written)
+        except OSError:
+            self._written = whole
+            with suppress(OSError):
+                os.ftruncate(descriptor, self._durable + whole)
+            raise
+
+    def sync(self) -> None:
+        """Make all records durable: no crash of the machine loses any.
+
+        Raises:
+            OSError: they are not.
+        """
+        self.flush()
+        try:
+            os.fsync(self._open())
+            fsync_directory(self._path.parent)
+        except OSError:
+            self._written = 0  # the system may have dropped what it had taken
+            raise
+        self._durable += self._written
+        self._records.clear()
+        self._written = 0
+
+    def close(self) -> None:
+        """Make all durable, or tell that it is not."""
+        self._attempt(self.sync)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._descriptor, self._durable)
+        return self._descriptor
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not self._told:
+                logger.error("LOG NOT WRITTEN: %s: %s; its rows wait in memory, the run goes on", self._path, error)
+            self._told = True
+        else:
+            if self._told:
+                logger.warning("%s: all rows are written again", self._path)
+            self._told = False
 
 
 def sha256(path: Path) -> str:

@@ -2,55 +2,57 @@
 
     checkpoints/step-00000100/      shard-00000.safetensors   rank 0's weights and moments, ... (see shards.py);
                                     not of weights that are frozen: they come from the student's folder again
-                              rng-00000.safetensors     random state of rank 0, ...
+                              rng-00000.safetensors     random states of rank 0, ...
                               state.json, rollouts.safetensors   what else a run carries from step to step
                               COMMIT                    step, shape of the run, size and SHA-256 of every file
 
-A folder without COMMIT, or whose files do not match it, is no checkpoint: it is named and passed over. Nothing here can
-stop a run: a save that fails is told loudly, its folder goes, and all earlier checkpoints stay.
+A folder without COMMIT, or whose files do not match it, is no checkpoint (see commit.py). Nothing here can stop a run:
+a save that fails is told loudly, its folder goes, and all earlier checkpoints stay.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
+from typing import Any, TypeVar
 
 from mta_ds.engine import distributed
+from mta_ds.engine.commit import (
+    Commit,
+    Digests,
+    Progress,
+    digests_of,
+    folder_name,
+    is_committed,
+    step_folders,
+    step_of,
+    withdraw_commit,
+    write_commit,
+)
+from mta_ds.engine.random_state import (
+    RandomState,
+    random_state,
+    restore_random_state,
+    seed_all,
+    write_random_state,
+)
 from mta_ds.engine.shards import Shard, ShardFiles, copy_of, own_shard, restore_shard, write_shard
 from mta_ds.errors import UserError
-from mta_ds.files import fsync_directory, fsync_file, sha256, write_atomic
+from mta_ds.files import fsync_directory
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
-_NAME = re.compile(r"step-(\d{8})")
+T = TypeVar("T")
+
 _MARGIN = 1.05  # of the disk space that a checkpoint needs
 
-Digests = dict[str, list[int | str]]
-"""Size and SHA-256 of files by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands, and what it must have in common with the run that resumes it."""
-
-    step: int
-    samples: int
-    batch_size: int
-    """Sequences of an optimizer step, over all ranks and micro-steps."""
-    world_size: int
-    zero_stage: int
-    config_hash: str
+SaveMore = Callable[[Path], list[str]]
+"""Writes further files into a checkpoint's folder; returns their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,10 @@ class _Pending:
     folder: Path
     progress: Progress
     written: Future[Digests]
+
+
+class _GivenUp(Exception):
+    """A save failed on some rank; raised on all, told, and not for anybody outside."""
 
 
 class Checkpoints:
@@ -68,36 +74,45 @@ class Checkpoints:
         keep_last: newest ones that stay.
         keep_every: those of steps divisible by it stay for ever.
         asynchronous: copy this rank's shard and write the copy in a thread; off, write at once and wait.
+        resumed_step: the checkpoint that the run goes on from; newer ones were damaged, and do not count as kept.
+        before_commit: on rank 0; whatever else must be durable before a checkpoint counts. An OSError gives it up.
     """
 
     def __init__(
-        self, root: Path, keep_last: int = 2, keep_every: int | None = None, asynchronous: bool = False
+        self,
+        root: Path,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        asynchronous: bool = False,
+        resumed_step: int = 0,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         self.root = root
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._asynchronous = asynchronous
+        self._resumed_step = resumed_step
+        self._before_commit = before_commit
+        self._own_steps: set[int] = set()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
-    def save(self, engine: Any, progress: Progress, save_more: Callable[[Path], None] | None = None) -> None:
+    def save(self, engine: Any, progress: Progress, save_more: SaveMore | None = None) -> None:
         """Begin to save at a step boundary; every rank must call it. An earlier save is finished first.
 
         Args:
-            save_more: writes further files into the folder, on rank 0, at once.
+            save_more: on rank 0, at once.
         """
         self.finish()
-        folder = self.root / f"step-{progress.step:08d}"
-        shard = own_shard(engine)
-        size = sum(value.nbytes for piece in shard.pieces.values() for value in piece.values.values())
-        size = distributed.sum_counts([size])[0]
-        if not self._agree(lambda: _begin(folder, size, save_more), folder):
-            return
-        rng = _rng_state()
-        if self._asynchronous:
-            shard = copy_of(shard)
-        written = self._writer.submit(_write_files, folder, shard, rng, distributed.rank())
-        self._pending = _Pending(folder, progress, written)
+        folder = self.root / folder_name(progress.step)
+        with contextlib.suppress(_GivenUp):
+            shard = self._agree(folder, lambda: own_shard(engine))
+            size = distributed.sum_counts([shard.nbytes])[0]
+            more = self._agree(folder, lambda: _begin(folder, size, save_more))
+            taken = self._agree(folder, lambda: copy_of(shard) if self._asynchronous else shard)
+            states = self._agree(folder, random_state)
+            written = self._writer.submit(_write_files, folder, taken, states, more)
+            self._pending = _Pending(folder, progress, written)
         if not self._asynchronous:
             self.finish()
 
@@ -113,93 +128,78 @@ class Checkpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        digests: Digests = {}
+        with contextlib.suppress(_GivenUp):
+            shares = distributed.gather_objects(self._agree(pending.folder, pending.written.result))
+            self._agree(pending.folder, lambda: self._commit(pending, shares))
+            # not a part of the save: what goes wrong with old ones takes nothing from the new one
+            self._prune(pending.progress.step)
 
-        def collect() -> None:
-            digests.update(pending.written.result())
-
-        if not self._agree(collect, pending.folder):
-            return
-        shares = distributed.gather_objects(digests)
-        self._agree(lambda: self._commit(pending, shares), pending.folder)
+    @contextlib.contextmanager
+    def finished_at_a_stop(self) -> Iterator[None]:
+        """Around a step: where it stops the run on every rank, a save under way is finished first."""
+        try:
+            yield
+        except UserError as error:
+            if error.on_every_rank:
+                self.finish()
+            raise
 
     def _commit(self, pending: _Pending, shares: list[Digests]) -> None:
         if distributed.rank() != 0:
             return
-        folder = pending.folder
+        fsync_directory(pending.folder)
+        if self._before_commit is not None:
+            self._before_commit()
         files = {name: digest for share in shares for name, digest in share.items()}
-        fsync_directory(folder)
-        commit = {"format": FORMAT} | asdict(pending.progress) | {"files": files}
-        write_atomic(folder / "COMMIT", json.dumps(commit, indent=1))
-        fsync_directory(self.root)
-        # newer ones than this were passed over when the run was resumed: they do not count
-        known = [f for f in _committed(self.root) if _step_of(f) <= pending.progress.step]
-        for old in known[self._keep_last :]:
-            if self._keep_every is None or _step_of(old) % self._keep_every:
-                # Without its COMMIT first, a half-removed folder cannot pass for a checkpoint.
-                (old / "COMMIT").unlink()
-                shutil.rmtree(old, ignore_errors=True)
+        write_commit(pending.folder, Commit(pending.progress, files))
 
-    def _agree(self, work: Callable[[], None], folder: Path) -> bool:
-        """Do a part of a save on every rank; if it failed on any, all give the save up, and the run goes on."""
-        problem = None
+    def _prune(self, newest: int) -> None:
+        """Remove what is older than the checkpoints to keep; those that were found damaged are not among these."""
+        self._own_steps.add(newest)
+        if distributed.rank() != 0:
+            return
         try:
-            work()
+            known = [folder for folder in step_folders(self.root) if is_committed(folder)]
+            good = [f for f in known if step_of(f) <= self._resumed_step or step_of(f) in self._own_steps]
+            for old in known[known.index(good[: self._keep_last][-1]) + 1 :]:
+                if self._keep_every is None or step_of(old) % self._keep_every:
+                    _remove(old)
+        except OSError as error:
+            logger.warning("old checkpoints could not be removed: %s", error)
+
+    def _agree(self, folder: Path, work: Callable[[], T]) -> T:
+        """Do a part of a save on every rank; if it failed on any, all give the save up, and the run goes on."""
+        problem, result = None, None
+        try:
+            result = work()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         problems = distributed.gather_objects(problem)
         failed = [(rank, text) for rank, text in enumerate(problems) if text is not None]
         if not failed:
-            return True
-        rank, text = failed[0]
+            return result  # type: ignore[return-value]
         if distributed.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            newest = next((f.name for f in _committed(self.root)), "none")
-            logger.error(
-                "CHECKPOINT NOT SAVED: %s, rank %d: %s; the run goes on, its newest checkpoint is %s",
-                *(folder, rank, text, newest),
-            )
-        return False
+            self._give_up(folder, *failed[0])
+        raise _GivenUp
+
+    def _give_up(self, folder: Path, rank: int, problem: str) -> None:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+        newest = next((other.name for other in step_folders(self.root) if is_committed(other)), "none")
+        logger.error(
+            "CHECKPOINT NOT SAVED: %s, rank %d: %s; the run goes on, its newest checkpoint is %s",
+            *(folder, rank, problem, newest),
+        )
 
 
-def _begin(folder: Path, size: int, save_more: Callable[[Path], None] | None) -> None:
-    """On rank 0: an empty folder with room for ``size`` bytes, and the files that are not a rank's."""
-    if distributed.rank() != 0:
-        return
-    # what is there already is the rest of a killed save, or damaged: a run never comes to a step a second time
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    free = shutil.disk_usage(folder).free
-    if free < _MARGIN * size:
-        raise OSError(f"it needs {size / 1e9:.3f} GB, {free / 1e9:.3f} GB are free on its disk")
-    if save_more is not None:
-        save_more(folder)
-
-
-def find_newest(checkpoints: Path, config_hash: str, batch_size: int) -> tuple[Path, Progress] | None:
-    """The newest checkpoint whose files match their hashes, or None; every rank must call it and gets the same.
-
-    Raises:
-        UserError: it belongs to another configuration or batch size, or a newer format.
-    """
-    for folder in _committed(checkpoints):
-        try:
-            commit = json.loads((folder / "COMMIT").read_text(encoding="utf-8"))
-            files, found_format = commit.pop("files"), commit.pop("format")
-            digests = _digest_my_share(folder, sorted(files))
-            damaged = sorted(name for name, digest in files.items() if digests.get(name) != digest)
-        except (ValueError, KeyError, OSError):
-            damaged = ["COMMIT"]
-        if damaged:
-            logger.warning("%s is damaged (%s): skipped", folder, damaged[0])
-            continue
-        if found_format != FORMAT:
-            which = "a newer" if found_format > FORMAT else "an older"
-            raise UserError(f"{folder}: written by {which} mta_ds; resume with that, or choose another run_dir")
-        progress = Progress(**commit)
-        _check_same_run(folder, progress, config_hash, batch_size)
-        return folder, progress
-    return None
+def remove_unfinished(root: Path) -> None:
+    """Remove what killed saves have left; for the one process that saves there, before it does."""
+    try:
+        for folder in step_folders(root):
+            if not is_committed(folder):
+                _remove(folder)
+    except OSError as error:
+        logger.warning("unfinished checkpoints could not be removed: %s", error)
 
 
 def load(engine: Any, folder: Path, progress: Progress, seed: int) -> None:
@@ -214,73 +214,50 @@ def load(engine: Any, folder: Path, progress: Progress, seed: int) -> None:
         then := (progress.world_size, progress.zero_stage)
     ):
         logger.info("%s: saved by %d ranks under ZeRO-%d, resumed by %d under ZeRO-%d", folder, *then, *now)
-    if distributed.world_size() != progress.world_size:
-        torch.manual_seed(seed + 1_000_003 * progress.step + rank)
-        return
-    state = load_file(folder / f"rng-{rank:05d}.safetensors")
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if distributed.world_size() == progress.world_size:
+        restore_random_state(folder / _random_name(rank))
+    else:
+        seed_all(seed + 1_000_003 * progress.step + rank)
 
 
-def _check_same_run(folder: Path, saved: Progress, config_hash: str, batch_size: int) -> None:
-    if saved.config_hash != config_hash:
-        raise UserError(
-            f"{folder}: saved under another configuration of model, data, loss or schedule; "
-            "resume with that run's config.yaml, or choose another run_dir"
-        )
-    if saved.batch_size != batch_size:
-        raise UserError(
-            f"{folder}: saved with {saved.batch_size} sequences a step, this run has {batch_size}; choose "
-            f"micro_batch_size x gradient_accumulation_steps x ranks = {saved.batch_size}"
-        )
-
-
-def _committed(checkpoints: Path) -> list[Path]:
-    """Folders that hold a COMMIT, newest first."""
-    if not checkpoints.is_dir():
+def _begin(folder: Path, size: int, save_more: SaveMore | None) -> list[str]:
+    """On rank 0: an empty folder with room for ``size`` bytes, and the files that are not a rank's; their names."""
+    if distributed.rank() != 0:
         return []
-    folders = [f for f in checkpoints.iterdir() if _NAME.fullmatch(f.name) and (f / "COMMIT").is_file()]
-    return sorted(folders, reverse=True)
+    # what is there already is the rest of a killed save, or damaged: a run never comes to a step a second time
+    _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in (folder.parent, folder.parent.parent):
+        fsync_directory(parent)
+    free = shutil.disk_usage(folder).free
+    if free < _MARGIN * size:
+        raise OSError(f"it needs {size / 1e9:.3f} GB, {free / 1e9:.3f} GB are free on its disk")
+    return save_more(folder) if save_more is not None else []
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _remove(folder: Path) -> None:
+    withdraw_commit(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shard_name(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
 
 
-def _write_files(folder: Path, shard: Shard, rng: dict[str, torch.Tensor], rank: int) -> Digests:
-    """Write a rank's files and make them durable; rank 0 sees to all others that are there already, too."""
-    names = [path.name for path in folder.iterdir()] if rank == 0 else []
-    names = [name for name in names if not re.fullmatch(r"(shard|rng)-\d{5}\.safetensors", name)]
+def _random_name(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
+
+
+def _write_files(folder: Path, shard: Shard, states: RandomState, more: list[str]) -> Digests:
+    """Write a rank's files and make them durable, and so ``more`` that are there already.
+
+    Their names are given: a listing would show what other ranks are writing at the moment.
+    """
+    rank = distributed.rank()
     write_shard(shard, folder / _shard_name(rank))
-    save_file(rng, folder / f"rng-{rank:05d}.safetensors")
-    return _digests(folder, [*names, _shard_name(rank), f"rng-{rank:05d}.safetensors"], sync=True)
-
-
-def _digests(folder: Path, names: Sequence[str], sync: bool) -> Digests:
-    """Size and SHA-256 of files; missing ones are left out. ``sync`` makes them durable first."""
-    digests: Digests = {}
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            if sync:
-                fsync_file(path)
-            digests[name] = [path.stat().st_size, sha256(path)]
+    write_random_state(states, folder / _random_name(rank))
+    names = [*more, _shard_name(rank), _random_name(rank)]
+    digests = digests_of(folder, names, sync=True)
+    if missing := set(names) - digests.keys():
+        raise OSError(f"{sorted(missing)[0]} cannot be read back")
     return digests
-
-
-def _digest_my_share(folder: Path, names: Sequence[str]) -> Digests:
-    """The digests of all files: every rank reads its share, all get the whole."""
-    mine = _digests(folder, names[distributed.rank() :: distributed.world_size()], sync=False)
-    return {name: digest for share in distributed.gather_objects(mine) for name, digest in share.items()}
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state

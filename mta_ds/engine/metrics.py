@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
+import os
 import resource
+import socket
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from torch.utils.tensorboard.summary import scalar
 
 from mta_ds.errors import UserError
-from mta_ds.files import write_atomic
+from mta_ds.files import Appender
 
 
 class MetricsLog:
-    """Appends one row a step to the run folder's logs; every row is flushed, so a killed job leaves whole lines.
+    """Appends one row a step to the run folder's logs: a killed job leaves whole lines, a full disk stops nobody.
 
     Two files because only one may differ between a run and its exact repetition: metrics.jsonl is equal byte for byte
     when an interrupted run is resumed, perf.jsonl is not.
@@ -25,12 +34,10 @@ class MetricsLog:
     def __init__(self, run_dir: Path, resume_step: int, wandb_project: str | None = None) -> None:
         # a run without a checkpoint begins anew, with the validation before its first step
         kept = resume_step if resume_step > 0 else -1
-        self._metrics = _open_cut(run_dir / "metrics.jsonl", kept)
-        self._perf = _open_cut(run_dir / "perf.jsonl", kept)
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what an interrupted run logged beyond the checkpoint it resumes from
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=kept + 1)
+        metrics, perf = run_dir / "metrics.jsonl", run_dir / "perf.jsonl"
+        self._metrics = Appender(metrics, size_until(metrics, kept))
+        self._perf = Appender(perf, size_until(perf, kept))
+        self._board = Board(run_dir / "tensorboard", kept + 1)
         self._wandb = _open_wandb(wandb_project, run_dir) if wandb_project is not None else None
 
     def write(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
@@ -38,12 +45,19 @@ class MetricsLog:
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for file, row in ((self._metrics, metrics), (self._perf, perf)):
             if row:
-                file.write(json.dumps({"step": step} | row) + "\n")
-                file.flush()
-        for name, value in (metrics | {f"perf/{k}": v for k, v in perf.items()}).items():
-            self._board.add_scalar(name, value, step)
+                file.add((json.dumps({"step": step} | row) + "\n").encode())
+        values = metrics | {f"perf/{name}": value for name, value in perf.items()}
+        self._board.add(step, values)
         if self._wandb is not None:
-            self._wandb.log(metrics | {f"perf/{k}": v for k, v in perf.items()}, step=step)
+            self._wandb.log(values, step=step)
+
+    def sync(self) -> None:
+        """Make the metrics so far durable: a checkpoint that outlives its rows would go on behind a gap.
+
+        Raises:
+            OSError: the disk is full, or worse.
+        """
+        self._metrics.sync()
 
     def announce(self, step: int, num_steps: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """One line for whoever watches the job."""
@@ -54,16 +68,48 @@ class MetricsLog:
         )
 
     def say(self, line: str) -> None:
-        """Print a line at once, also into a batch log."""
-        print(line, flush=True)
+        """Print a line at once, also into a batch log, if its disk has room."""
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
     def close(self) -> None:
-        """Flush and close all three logs."""
+        """Make all durable and close."""
         self._metrics.close()
         self._perf.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Board:
+    """TensorBoard's file of events, by its own record format.
+
+    Its own writer hands records to a thread, which a full disk ends.
+
+    Args:
+        purge_step: from it on, what earlier files of the folder hold is not shown.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = Appender(folder / name)
+        start = SessionLog(status=SessionLog.START)
+        self._file.add(_record(file_version="brain.Event:2") + _record(step=purge_step, session_log=start))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """A point on each value's curve."""
+        summaries = [scalar(name, value) for name, value in values.items()]  # type: ignore[no-untyped-call]
+        self._file.add(b"".join(_record(step=step, summary=summary) for summary in summaries))
+
+    def close(self) -> None:
+        """Make it durable."""
+        self._file.close()
+
+
+def _record(**event: Any) -> bytes:
+    record = io.BytesIO()
+    RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+    return record.getvalue()
 
 
 def _open_wandb(project: str, run_dir: Path) -> Any:
@@ -83,15 +129,19 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _open_cut(path: Path, last_step: int) -> IO[str]:
-    """Open for appending after dropping rows beyond ``last_step``, and a half-written last line."""
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
-    return open(path, "a", encoding="utf-8")
+def size_until(path: Path, last_step: float) -> int:
+    """Bytes of a log up to the end of the last whole row that is not beyond ``last_step``."""
+    size = end = 0
+    if path.is_file():
+        with open(path, "rb") as file:
+            for line in file:
+                end += len(line)
+                if line.endswith(b"\n") and _step_of(line) <= last_step:
+                    size = end
+    return size
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         row: Any = json.loads(line)
         return float(row["step"])

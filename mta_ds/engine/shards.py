@@ -44,6 +44,11 @@ class Shard(NamedTuple):
     steps: int
     """Updates that Adam has made, for its bias correction."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of all values."""
+        return sum(value.nbytes for piece in self.pieces.values() for value in piece.values.values())
+
 
 def own_shard(engine: Any) -> Shard:
     """The shard of this rank, not copied.

@@ -19,19 +19,20 @@ from torch import Tensor
 from mta_ds.config import dump
 from mta_ds.data import Batch
 from mta_ds.engine import distributed
-from mta_ds.engine.checkpoint import Checkpoints, Progress, find_newest, load
+from mta_ds.engine.checkpoint import Checkpoints, load, remove_unfinished
+from mta_ds.engine.commit import Progress, find_newest
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import global_counts
-from mta_ds.engine.environment import describe_environment
+from mta_ds.engine.environment import describe_environment, describe_ranks, record_start
 from mta_ds.engine.export import export, model_card
 from mta_ds.engine.health import Heartbeat
+from mta_ds.engine.inputs import input_hashes
 from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
 from mta_ds.engine.regenerate import Watch
 from mta_ds.engine.setup import Run, prepare
 from mta_ds.engine.shards import own_shard
 from mta_ds.engine.stopping import StopWatch
 from mta_ds.engine.validation import validate_run
-from mta_ds.files import write_atomic
 from mta_ds.losses import DistiLLMConfig, Source
 
 logger = logging.getLogger(__name__)
@@ -44,18 +45,35 @@ def train(config: RunConfig) -> bool:
         True when the last step is done and the student exported; False when a signal or the time limit stopped the
         run first: it is saved, and the same call goes on with it.
     """
+    with StopWatch(config.train.max_minutes, config.train.stop_grace_seconds) as stop:
+        try:
+            return train_until(config, stop)
+        except Stopped:
+            return False
+
+
+def train_until(config: RunConfig, stop: StopWatch) -> bool:
+    """:func:`train`, with signals noted by ``stop``.
+
+    Raises:
+        Stopped: one came before the first step.
+    """
     distributed.initialise()
     heartbeat = Heartbeat(config.run_dir)
     heartbeat.beat(0, "load")
-    run = prepare(config)
+    run = prepare(config, stop.check)
     logger.info("base loss: %s", run.method.describe())
-    checkpoints = open_checkpoints(config)
     step = resume(run)
     log = open_log(run, step)
-    stop = StopWatch(config.train.max_minutes, config.train.stop_grace_seconds)
-    if step == 0:
-        heartbeat.beat(0, "validate")
-        validate_run(run, step, log)
+    checkpoints = open_checkpoints(config, step, log)
+
+    def validate(go_on: Callable[[], bool]) -> bool:
+        heartbeat.beat(step, "validate")
+        return go_on()
+
+    # a checkpoint is from before its step's validation, which therefore comes again
+    if step == 0 or is_due(step, validate_every(run), run.num_steps):
+        validate_run(run, step, log, between_batches(stop.signalled))
 
     def begin_epoch() -> bool:
         checkpoints.finish()  # the models that write are on disk before a stop can come
@@ -67,7 +85,8 @@ def train(config: RunConfig) -> bool:
         step += 1
         heartbeat.beat(step, "step")
         began = time.perf_counter()
-        metrics = train_step(run, step, batches, source)
+        with checkpoints.finished_at_a_stop():
+            metrics = train_step(run, step, batches, source)
         checkpoints.poll()
         if is_due(step, config.train.log_every, run.num_steps):
             write_metrics(run, step, batches, source, metrics, (began - ready, time.perf_counter() - began), log)
@@ -195,17 +214,27 @@ def validate_every(run: Run) -> int | None:
     return every
 
 
-def open_checkpoints(config: RunConfig) -> Checkpoints:
-    """The run folder's checkpoints, to save into."""
-    train = config.train
-    return Checkpoints(config.run_dir / "checkpoints", train.keep_last, train.keep_every, train.asynchronous_saves)
+def open_checkpoints(config: RunConfig, step: int, log: MetricsLog | None) -> Checkpoints:
+    """The run folder's checkpoints, to save into; the run goes on after ``step``."""
+    train, root = config.train, config.run_dir / "checkpoints"
+    if log is not None:
+        remove_unfinished(root)
+    return Checkpoints(
+        root,
+        train.keep_last,
+        train.keep_every,
+        train.asynchronous_saves,
+        resumed_step=step,
+        before_commit=log.sync if log is not None else None,
+    )
 
 
 def resume(run: Run) -> int:
     """Restore the newest valid checkpoint, if there is one; returns the number of steps done."""
     own_shard(run.engine)  # what could not be saved is refused now, not after the first hours
     config = run.config
-    found = find_newest(config.run_dir / "checkpoints", config.training_hash(), samples_per_step(run))
+    root, inputs = config.run_dir / "checkpoints", input_hashes(run)
+    found = find_newest(root, config.training_hash(), samples_per_step(run), inputs)
     if found is None:
         return 0
     folder, progress = found
@@ -228,29 +257,32 @@ def save(run: Run, checkpoints: Checkpoints, step: int) -> None:
         world_size=distributed.world_size(),
         zero_stage=run.zero_stage,
         config_hash=run.config.training_hash(),
+        inputs=input_hashes(run),
     )
 
-    def save_state(folder: Path) -> None:
+    def save_state(folder: Path) -> list[str]:
         state = {"method": run.method.state(), "guard": run.guard.state()}
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        if run.rollouts is not None:
-            run.rollouts.save(folder / "rollouts.safetensors")
+        if run.rollouts is None:
+            return ["state.json"]
+        run.rollouts.save(folder / "rollouts.safetensors")
+        return ["state.json", "rollouts.safetensors"]
 
     checkpoints.save(run.engine, progress, save_state)
 
 
 def open_log(run: Run, step: int) -> MetricsLog | None:
-    """Rank 0's log, cut back to ``step``; also writes down what is being run, and on what."""
+    """Rank 0's log, cut back to ``step``; also writes down what is being run, and on what. Every rank must call it."""
+    ranks = describe_ranks()
     if distributed.rank() != 0:
         return None
     run_dir = run.config.run_dir
-    write_atomic(run_dir / "config.yaml", dump(run.config))
     identity = {
         "training_hash": run.config.training_hash(),
         "training_set": run.train.key,
         "validation_set": run.validation.key if run.validation is not None else None,
     }
-    write_atomic(run_dir / "environment.json", describe_environment(identity))
+    record_start(run_dir, step, dump(run.config), describe_environment(identity, ranks))
     return MetricsLog(run_dir, step, run.config.train.wandb_project)
 
 

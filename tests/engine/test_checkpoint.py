@@ -14,9 +14,13 @@ import pytest
 import torch
 from engine_cases import train_step, weights_of
 
-from mta_ds.engine import checkpoint
-from mta_ds.engine.checkpoint import Checkpoints, Progress
+from mta_ds.engine import checkpoint, commit
+from mta_ds.engine.checkpoint import Checkpoints
+from mta_ds.engine.commit import Progress
 from mta_ds.errors import UserError
+
+
+INPUTS = {"training records": "r", "weights of the teacher": "t"}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,7 @@ def progress(step: int, **changes: object) -> Progress:
         "world_size": 1,
         "zero_stage": 2,
         "config_hash": "abc",
+        "inputs": INPUTS,
     }
     return Progress(**values | changes)  # type: ignore[arg-type]
 
@@ -48,12 +53,19 @@ def progress(step: int, **changes: object) -> Progress:
 def save(engine: Any, root: Path, *steps: int, **options: Any) -> None:
     checkpoints = Checkpoints(root, **options)
     for step in steps:
-        checkpoints.save(engine, progress(step), lambda folder: (folder / "state.json").write_text("{}") and None)
+        checkpoints.save(engine, progress(step), save_state)
     checkpoints.finish()
+    for folder in commit.step_folders(root):
+        assert commit.is_committed(folder)
+
+
+def save_state(folder: Path) -> list[str]:
+    (folder / "state.json").write_text("{}")
+    return ["state.json"]
 
 
 def find(root: Path) -> tuple[Path, Progress] | None:
-    return checkpoint.find_newest(root, "abc", 8)
+    return commit.find_newest(root, "abc", 8, INPUTS)
 
 
 def names(root: Path) -> list[str]:
@@ -99,10 +111,10 @@ def test_a_damaged_one_is_replaced_and_never_counted(engine, tmp_path: Path) -> 
     save(engine, tmp_path, 1, 2, 4)
     for step in (2, 4):
         (tmp_path / f"step-0000000{step}" / "shard-00000.safetensors").write_bytes(b"")
-    save(engine, tmp_path, 3, keep_last=1)  # the run goes on from before them
+    save(engine, tmp_path, 3, keep_last=1, resumed_step=1)  # the run goes on from before them
     found = find(tmp_path)
     assert found is not None and found[1].step == 3
-    save(engine, tmp_path, 4, keep_last=1)
+    save(engine, tmp_path, 4, keep_last=1, resumed_step=3)
     found = find(tmp_path)
     assert found is not None and found[1].step == 4 and names(tmp_path) == ["step-00000004"]
 
