@@ -122,7 +122,20 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PretrainedConfig
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if not trust_remote_code and "custom code" in str(error):
+            raise UserError(
+                f"{path}: the model brings code of its own; read it, then set trust_remote_code: true beside its path"
+            ) from None
         raise UserError(f"{path}/config.json: {_one_line(error)}") from None
+
+
+def model_outline(config: PretrainedConfig, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model without its weights: modules and shapes alone, on the meta device."""
+    with torch.device("meta"):
+        outline: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **options
+        )
+    return outline
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Tokenizer:

@@ -116,10 +116,10 @@ def target_names(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return list(config.targets)
 
 
-def adapter_size(model_config: PretrainedConfig, config: LoraConfig) -> AdapterSize:
+def adapter_size(model_config: PretrainedConfig, config: LoraConfig, trust_remote_code: bool = False) -> AdapterSize:
     """Count what :func:`inject_adapters` would train, without weights; raises what it would raise."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         total = sum(p.numel() for p in model.parameters())
         inject_adapters(model, config, seed=0, base="")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
