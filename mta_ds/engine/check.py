@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from mta_ds.data import DatasetSummary, EncodedDataset, grouped_order, pad_share, sample_order
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.pair import Pair, prepare_pair
+from mta_ds.engine.pair import Pair, check_prompts, prepare_pair
 from mta_ds.engine.setup import load_data, number_of_steps, student_zero_stage
 from mta_ds.models import adapter_size, count_parameters, load_config
+from mta_ds.models.loading import model_outline
 from mta_ds.models.zero import read_deepspeed_config
 
 Rows = list[tuple[str, str]]
@@ -30,6 +29,7 @@ def check(config: RunConfig, world_size: int = 1) -> None:
     student_zero_stage(config)
     read_deepspeed_config(config.teacher.deepspeed)
     train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
+    check_prompts(pair.method, train)
     rows = [
         *model_rows(config, pair),
         trainable_row(config, pair),
@@ -51,9 +51,9 @@ def model_rows(config: RunConfig, pair: Pair) -> Rows:
     """Both models, their sizes, and that their vocabularies agree."""
     rows: Rows = []
     for name, folder in (("teacher", pair.teacher_dir), ("student", pair.student_dir)):
-        model = load_config(folder)
-        with torch.device("meta"):
-            parameters = count_parameters(AutoModelForCausalLM.from_config(model))
+        trusted = (config.teacher if name == "teacher" else config.student).trust_remote_code
+        model = load_config(folder, trusted)
+        parameters = count_parameters(model_outline(model, trusted))
         shape = f"{model.num_hidden_layers} layers, {model.hidden_size} wide, {parameters / 1e6:.1f} M parameters"
         bits = config.teacher.quantization if name == "teacher" else None
         where = f"; in {bits}, whole on every rank" if bits else ""
@@ -70,7 +70,8 @@ def trainable_row(config: RunConfig, pair: Pair) -> tuple[str, str]:
     lora = config.student.lora
     if lora is None:
         return "trained", "all of the student's parameters"
-    size = adapter_size(load_config(pair.student_dir), lora)
+    trusted = config.student.trust_remote_code
+    size = adapter_size(load_config(pair.student_dir, trusted), lora, trusted)
     targets = lora.targets if isinstance(lora.targets, str) else " ".join(lora.targets)
     dropout = f"{lora.dropout:g}" if config.train.dropout else "off"
     return (

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
+from mta_ds.data import EncodedDataset
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig
 from mta_ds.errors import UserError
@@ -17,11 +21,15 @@ from mta_ds.models import (
     load_config,
     load_tokenizer,
     merged_folder,
+    output_head,
     random_student,
     resolve_key_layers,
     resolve_model,
+    state_width,
     vocabulary_size,
 )
+from mta_ds.models.body import final_norm
+from mta_ds.models.loading import model_outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +56,24 @@ def prepare_pair(config: RunConfig) -> Pair:
     tokenizer = load_tokenizer(student_dir, config.student.trust_remote_code)
     check_same_vocabulary(tokenizer, load_tokenizer(teacher_dir, config.teacher.trust_remote_code), config)
     vocab_size = vocabulary_size(tokenizer)
-    teacher, student = load_config(teacher_dir), load_config(student_dir)
+    teacher = load_config(teacher_dir, config.teacher.trust_remote_code)
+    student = load_config(student_dir, config.student.trust_remote_code)
     for name, model in (("teacher", teacher), ("student", student)):
         if model.vocab_size < vocab_size:
             raise UserError(f"{name}: the model has {model.vocab_size} embeddings, its tokenizer {vocab_size} ids")
-    if config.student.lora is not None:
-        adapter_size(student, config.student.lora)  # finds a wrong target now, not when the data is encoded
+    if config.student.lora is not None:  # finds a wrong target now, not when the data is encoded
+        adapter_size(student, config.student.lora, config.student.trust_remote_code)
     depths = (student.num_hidden_layers, teacher.num_hidden_layers)
+    method = choose_method(config, vocab_size, *depths)
+    check_heads(method.key_layers.values(), method, "student", student, config.student.trust_remote_code)
+    check_heads(method.key_layers.keys(), method, "teacher", teacher, config.teacher.trust_remote_code)
     return Pair(
         teacher_dir,
         student_dir,
         tokenizer,
         vocab_size,
         key_layers(config.mta, *depths) if config.mta is not None else (),
-        choose_method(config, vocab_size, *depths),
+        method,
     )
 
 
@@ -135,3 +147,39 @@ def choose_method(config: RunConfig, vocab_size: int, num_student_layers: int, n
         layers = {layer.teacher: layer.student for layer in chosen}
     tops = (num_student_layers, num_teacher_layers)
     return make_method(config.loss, vocab_size, layers, tops, beside_mta=config.mta is not None)
+
+
+def check_heads(layers: Collection[int], method: Method, name: str, model: PretrainedConfig, trusted: bool) -> None:
+    """A method that compares layers puts their states through the LM head, and through the final norm if asked to.
+
+    Raises:
+        UserError: the head takes another width than a layer's state has, or there is no final norm.
+    """
+    if not layers:
+        return
+    outline = model_outline(model, trusted)
+    if method.uses_norm:
+        final_norm(outline)
+    width = output_head(outline).shape[1]
+    for layer in layers:
+        if (found := state_width(model, layer)) != width:
+            raise UserError(
+                f"loss: the {name}'s layer {layer} is {found} wide and its LM head takes {width} (the model projects "
+                "its final state), so its layers have no logits to compare; choose another method or model"
+            )
+
+
+def check_prompts(method: Method, train: EncodedDataset) -> None:
+    """A record that the student will answer needs a prompt: told now, not at its first rollout.
+
+    Raises:
+        UserError: one has none.
+    """
+    if method.rollouts is None:
+        return
+    for example in (train[i] for i in range(len(train))):
+        if not example.prompt_length:
+            raise UserError(
+                f"record {example.record_id}: has no prompt, and the student is to answer it in rollouts; leave out "
+                "records of text alone, or choose a method without rollouts"
+            )
