@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def export_checkpoint(config: RunConfig) -> Path:
         UserError: the run has no valid checkpoint.
     """
     distributed.initialise()
-    run = prepare(config)
+    run = dataclasses.replace(prepare(config), rollouts=None)  # texts on their way would start their parsers
     if (step := resume(run)) == 0:
         raise UserError(f"{config.run_dir}/checkpoints: no valid checkpoint to export")
     return export_student(run, step)
