@@ -130,20 +130,21 @@ def peak_memory_bytes() -> int:
 
 
 def size_until(path: Path, last_step: float) -> int:
-    """Bytes of a log up to the end of the last whole row that is not beyond ``last_step``."""
+    """Bytes of a log up to the end of ``last_step``, before its validation, which a resumed run makes again."""
     size = end = 0
     if path.is_file():
         with open(path, "rb") as file:
             for line in file:
                 end += len(line)
-                if line.endswith(b"\n") and _step_of(line) <= last_step:
+                if line.endswith(b"\n") and _position(line) <= (last_step, False):
                     size = end
     return size
 
 
-def _step_of(line: bytes) -> float:
+def _position(line: bytes) -> tuple[float, bool]:
+    """A row's step, and whether it is of the validation after it."""
     try:
         row: Any = json.loads(line)
-        return float(row["step"])
+        return float(row["step"]), "validation/loss" in row
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return float("inf"), False

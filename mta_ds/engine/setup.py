@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -75,11 +75,17 @@ class Run:
         return self.pair.method
 
 
-def prepare(config: RunConfig) -> Run:
-    """Load data and models, partition them, and wrap both in their engines; torch.distributed must be initialised."""
+def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Run:
+    """Load data and models, partition them, and wrap both in their engines; torch.distributed must be initialised.
+
+    Args:
+        between: called between parts that take long, by every rank; it may raise, to stop.
+    """
     set_seed(config.train.seed)
     distributed.insist_on_agreement({"configuration": config.model_dump_json(), "code or package": code_state()})
+    between()
     pair = prepare_pair(config)
+    between()
     train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
     keys = {"training set": train.key, "validation set": validation.key if validation is not None else ""}
     distributed.insist_on_agreement(keys)
@@ -93,8 +99,11 @@ def prepare(config: RunConfig) -> Run:
         world_size=distributed.world_size(),
         length_grouping=config.train.length_grouping,
     )
+    between()
     engine = make_student_engine(config, pair)
+    between()
     teacher = make_teacher(config, pair)
+    between()
     num_steps = number_of_steps(config.train, len(train) // train.group, distributed.world_size())
     rollouts = make_rollouts(config, pair, loader, engine, num_steps)
     epoch_pairs = make_epoch_pairs(config, pair, engine, teacher)

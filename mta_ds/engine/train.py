@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mta_ds.config import dump
 from mta_ds.data import Batch
-from mta_ds.engine import distributed
+from mta_ds.engine import distributed, run_lock
 from mta_ds.engine.checkpoint import Checkpoints, load, remove_unfinished
 from mta_ds.engine.commit import Progress, find_newest
 from mta_ds.engine.config import RunConfig, TrainConfig
@@ -31,7 +31,7 @@ from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
 from mta_ds.engine.regenerate import Watch
 from mta_ds.engine.setup import Run, prepare
 from mta_ds.engine.shards import own_shard
-from mta_ds.engine.stopping import StopWatch
+from mta_ds.engine.stopping import Stopped, StopWatch
 from mta_ds.engine.validation import validate_run
 from mta_ds.losses import DistiLLMConfig, Source
 
@@ -59,6 +59,7 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
         Stopped: one came before the first step.
     """
     distributed.initialise()
+    run_lock.hold(config.run_dir)
     heartbeat = Heartbeat(config.run_dir)
     heartbeat.beat(0, "load")
     run = prepare(config, stop.check)
@@ -66,14 +67,11 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
     step = resume(run)
     log = open_log(run, step)
     checkpoints = open_checkpoints(config, step, log)
-
-    def validate(go_on: Callable[[], bool]) -> bool:
-        heartbeat.beat(step, "validate")
-        return go_on()
-
-    # a checkpoint is from before its step's validation, which therefore comes again
-    if step == 0 or is_due(step, validate_every(run), run.num_steps):
-        validate_run(run, step, log, between_batches(stop.signalled))
+    # a checkpoint holds what was before its step's validation, which therefore comes again
+    again = step == 0 or is_due(step, validate_every(run), run.num_steps)
+    if again and not validate_run(run, step, log, heartbeat, stop.signalled):
+        raise Stopped
+    stopping = False
 
     def begin_epoch() -> bool:
         checkpoints.finish()  # the models that write are on disk before a stop can come
@@ -90,22 +88,25 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
         checkpoints.poll()
         if is_due(step, config.train.log_every, run.num_steps):
             write_metrics(run, step, batches, source, metrics, (began - ready, time.perf_counter() - began), log)
-        if is_due(step, validate_every(run), run.num_steps):
-            heartbeat.beat(step, "validate")
-            validate_run(run, step, log)
         stopping = stop.agreed()
-        if stopping or is_due(step, config.train.save_every, run.num_steps) or regenerates_next(run):
+        saving = stopping or is_due(step, config.train.save_every, run.num_steps) or regenerates_next(run)
+        if saving:
             heartbeat.beat(step, "save")
             save(run, checkpoints, step)
+        if not stopping and is_due(step, validate_every(run), run.num_steps):
+            stopping = not validate_run(run, step, log, heartbeat, stop.agreed)
+            if stopping and not saving:
+                save(run, checkpoints, step)
         if stopping:
             break
         ready = time.perf_counter()
+        if run.rollouts is not None:
+            heartbeat.beat(step, "rollouts")
     checkpoints.finish()
-    finished = step >= run.num_steps
+    finished = step >= run.num_steps and not stopping
     if finished:
         heartbeat.beat(step, "export")
         export_student(run, step)
-    stop.close()
     if run.rollouts is not None:
         run.rollouts.close()
     if log is not None:

@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from mta_ds.data import Batch, EncodedDataset, collate
 from mta_ds.engine import distributed
+from mta_ds.engine.health import Heartbeat
 from mta_ds.engine.metrics import MetricsLog
 from mta_ds.engine.setup import Run, pad_id
-from mta_ds.evaluation import Scores, Validation, validate
+from mta_ds.engine.stopping import Stopped
+from mta_ds.evaluation import Scores, validate
 
 
-def validate_run(run: Run, step: int, log: MetricsLog | None) -> Validation | None:
-    """Token means of label cross-entropy and KL(teacher ‖ student) over ``data.validation``; every rank takes part."""
+def validate_run(
+    run: Run, step: int, log: MetricsLog | None, heartbeat: Heartbeat, stopping: Callable[[], bool]
+) -> bool:
+    """Token means of label cross-entropy and KL(teacher ‖ student) over ``data.validation``; every rank takes part.
+
+    Args:
+        stopping: whether to give up, asked before each batch; every rank asks together and gets one answer.
+
+    Returns:
+        Whether it came to its end; if not, nothing has changed, and it has to come again.
+    """
     if run.validation is None:
-        return None
+        return True
 
     def score(batch: Batch) -> Scores:
         sums = run.engine(batch.to(distributed.device()), run.teacher)
         return Scores(sums["cross_entropy"], sums.get("divergence"), sums["count"])
 
+    def batches(validation: EncodedDataset) -> Iterator[Batch]:
+        size, pad = run.config.train.micro_batch_size, pad_id(run.pair.tokenizer)
+        for batch in rank_batches(validation, size, pad, distributed.rank(), distributed.world_size()):
+            heartbeat.beat(step, "validate")
+            if stopping():
+                raise Stopped
+            yield batch
+
     run.engine.eval()
-    batches = rank_batches(
-        run.validation,
-        run.config.train.micro_batch_size,
-        pad_id(run.pair.tokenizer),
-        distributed.rank(),
-        distributed.world_size(),
-    )
-    result = validate(score, batches, distributed.all_reduce_sum)
-    run.engine.train()
-    if run.teacher is not None:
-        run.teacher.release()
+    try:
+        result = validate(score, batches(run.validation), distributed.all_reduce_sum)
+    except Stopped:
+        return False
+    finally:
+        run.engine.train()
+        if run.teacher is not None:
+            run.teacher.release()
     run.method.after_validation(result.loss)
     if log is not None:
         log.write(step, {"validation/loss": result.loss, "validation/kl": result.kl or 0.0}, {})
         log.say(f"step {step}: held-out loss {result.loss:.4f}, KL to the teacher {result.kl or 0.0:.4f}")
-    return result
+    return True
 
 
 def rank_batches(dataset: EncodedDataset, batch_size: int, pad_id: int, rank: int, world_size: int) -> Iterator[Batch]:

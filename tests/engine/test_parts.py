@@ -23,7 +23,7 @@ from mta_ds.engine.health import StepGuard
 from mta_ds.engine.metrics import MetricsLog
 from mta_ds.engine.pair import student_folder
 from mta_ds.engine.setup import number_of_steps, switch_dropout_off
-from mta_ds.engine.stopping import StopWatch
+from mta_ds.engine.stopping import Stopped, StopWatch
 from mta_ds.engine.train import is_due, schedule_factor
 from mta_ds.engine.validation import rank_batches
 from mta_ds.launch.local import rank_environment
@@ -57,6 +57,8 @@ def test_a_resumed_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     for step in range(1, 6):
         log.write(step, {"loss": step / 4}, {"seconds": 0.5})
+        if step == 3:  # comes again: the checkpoint is from before it
+            log.write(step, {"validation/loss": 1.0}, {})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
@@ -92,27 +94,37 @@ def test_dropout_goes_from_modules_and_attributes() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_at_the_next_step(number: signal.Signals) -> None:
-    watch = StopWatch(None, grace_seconds=60)
-    try:
+    with StopWatch(None, grace_seconds=60) as watch:
+        watch.check()
         assert not watch.agreed()
         os.kill(os.getpid(), number)
-        assert watch.agreed()
-    finally:
-        watch.close()
+        assert watch.agreed() and watch.signalled()
+        with pytest.raises(Stopped):
+            watch.check()
 
 
-def test_time_limit() -> None:
-    watch = StopWatch(1e-9, grace_seconds=60)
-    assert watch.agreed()
-    watch.close()
+def test_time_limit_counts_from_the_start_of_the_process() -> None:
+    """But while there is no step to save, time alone stops nothing: a run must get on."""
+    code = (
+        "import sys, time; time.sleep(0.5); from mta_ds.engine.stopping import Stopped, StopWatch\n"
+        "with StopWatch(float(sys.argv[1]), 60) as watch: print(watch.agreed(), watch.signalled())"
+    )
+    for minutes, told in (("0.005", "True False"), ("5", "False False")):
+        done = subprocess.run([sys.executable, "-c", code, minutes], capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == told, done.stderr
 
 
 def test_a_stop_that_takes_too_long_ends_all_the_same() -> None:
-    """A process that hangs after the signal, as in a collective whose other ranks are gone."""
-    code = (
-        "import os, signal, time; from mta_ds.engine.stopping import StopWatch; StopWatch(None, 0.2);"
-        "os.kill(os.getpid(), signal.SIGUSR1); time.sleep(60)"
-    )
+    """A process that hangs in C, as in a collective whose other ranks are gone: no Python handler runs there."""
+    code = """
+import ctypes, os, signal, threading
+from mta_ds.engine.stopping import Stopped, StopWatch
+with StopWatch(None, 0.2):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    mutex, libc = (ctypes.c_char * 64)(), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75 and "train.stop_grace_seconds" in done.stderr
 
