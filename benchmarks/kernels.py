@@ -62,11 +62,12 @@ def compile_for(kernel: Specialisation, architecture: int) -> Usage:
     """Compile to a cubin and read what it takes off it."""
     constexprs = dict.fromkeys(kernel.constexprs, "constexpr")
     signature = {name: (kernel.signature | constexprs)[name] for name in kernel.kernel.arg_names}
-    # as a launch has it: pointers and widths are multiples of 16
+    # as a launch has it: pointers and sizes are multiples of 16, but for those that the form says are not
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith(("stride", "width", "features", "vocab_size"))
+        if name not in kernel.odd
+        and (kind.startswith("*") or name.endswith(("stride", "width", "features", "vocab_size")))
     }
     source = ASTSource(fn=kernel.kernel, signature=signature, constexprs=kernel.constexprs, attrs=aligned)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
@@ -105,7 +106,7 @@ def specialisations() -> dict[str, Specialisation]:
     for module in MODULES:
         for width in WIDTHS:
             for form in module.specialisations(width):
-                key = (form.name, *form.constexprs.items(), *form.signature.items())
+                key = (form.name, form.odd, *form.constexprs.items(), *form.signature.items())
                 found.setdefault(key, [form]).append(width)
     return {
         form.name if len(widths) == len(WIDTHS) else f"{form.name} {'/'.join(map(str, widths))}": form

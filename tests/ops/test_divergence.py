@@ -9,6 +9,7 @@ import torch
 
 from mta_ds.ops import Divergence, divergence_values
 from mta_ds.ops.divergence import divergence_gradients, divergence_rows
+from mta_ds.ops.kernels import divergence as kernels
 
 TEACHER = torch.tensor([[2.0, 1.0, 0.0]], dtype=torch.float64)
 STUDENT = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
@@ -106,15 +107,16 @@ def test_distributions_that_do_not_overlap_stay_finite_in_fp32(divergence):
     torch.testing.assert_close(values(student, teacher, divergence), got)
 
 
+@pytest.mark.parametrize("rows", [divergence_rows, kernels.divergence_rows], ids=["torch", "triton"])
 @pytest.mark.parametrize("name", ["fkl", "tvd", "srkl"])
-def test_a_long_row_loses_no_digits_to_its_length(name):
+def test_a_long_row_loses_no_digits_to_its_length(name, rows):
     generator = torch.Generator().manual_seed(2)
     student, teacher = (4 * torch.randn(1, 256_000, generator=generator) + shift for shift in (30, -500))
     found = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype, fill in ((torch.float32, rows), (torch.float64, divergence_rows)):
         sums, logits = torch.empty(3, 1, dtype=dtype), student.to(dtype, copy=True)
         arguments = (logits, teacher.to(dtype, copy=True), torch.tensor([255_999]), None, Divergence(name))
-        divergence_rows(*arguments, sums, logits)
+        fill(*arguments, sums, logits)
         found.append((sums.double(), logits.double()))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=3e-6, atol=0)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-9)

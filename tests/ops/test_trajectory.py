@@ -314,6 +314,25 @@ def test_the_kernel_writes_its_gradient_in_any_dtype(monkeypatch):
     torch.testing.assert_close(student, kept, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_far_from_zero_lose_no_digits(backend):
+    """What counts is how a layer's logits differ from the last one's, and those are small beside a common offset."""
+    rows = importlib.import_module("mta_ds.ops.kernels.trajectory").trajectory_rows
+    student, teacher = (3 * random(6, 3000, seed=seed) + shift for seed, shift in ((0, -100), (1, 1000)))
+    for logits, seed in ((student, 2), (teacher, 3)):
+        logits[3:] = logits[:3] + 0.05 * random(3, 3000, seed=seed)
+    found = []
+    for dtype, fill in (
+        (torch.float32, rows if backend == "triton" else trajectory_rows),
+        (torch.float64, trajectory_rows),
+    ):
+        ours, values = student.to(dtype, copy=True), torch.empty(2, 3, dtype=dtype)
+        fill(ours, teacher.to(dtype, copy=True), 3, Factors(2.0, 0.5, 0.5), values, ours)
+        found.append((values.double(), ours.double()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 5e-5
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gpu_agrees_and_is_not_waited_for(dtype):

@@ -26,6 +26,9 @@ Sums are fp32 and no atomics are used: two runs agree to the bit.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,6 +46,14 @@ _PAST_END = tl.constexpr(-1e32)
 # A running maximum before the first element, below every logit and above _PAST_END.
 _NO_MAXIMUM = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+def block_of(vocab_size: int) -> int:
+    """Elements of a row that a program works on at once.
+
+    Rows of an odd length are loaded one element at a time, whose addresses and masks want registers too: half as many.
+    """
+    return BLOCK if vocab_size % 16 == 0 else BLOCK // 2
 
 
 @triton.jit
@@ -142,23 +153,24 @@ def divergence_kernel(
             if entropies is not None:
                 entropy = x_scale * (entropy + x_change * x_before) + x_weight * x
     z_max, z_change, z_scale, z_total = gather(z_max, z_sum)
-    z_log = z_max + tl.log(z_total)
+    # kept apart from the maximum: their sum would be rounded at the size of the logits, not of their differences
+    z_log = tl.log(z_total)
     target = tl.load(targets + row)
-    tl.store(cross_entropies + row, z_log - tl.load(student + target))
+    tl.store(cross_entropies + row, z_log - (tl.load(student + target) - z_max))
     value, mean, x_log = 0.0, 0.0, 0.0
     if teacher is not None:
         x_max, x_change, x_scale, x_total = gather(x_max, x_sum)
-        x_log = x_max + tl.log(x_total)
+        x_log = tl.log(x_total)
         if NAME == "fkl":
             crossed = tl.sum(x_scale * (crossed + (x_change - z_change) * x_sum), 0)
-            value = crossed / x_total + tl.log(z_total) - tl.log(x_total)
+            value = crossed / x_total + z_log - x_log
         if NAME == "rkl":
             crossed = tl.sum(z_scale * (crossed + (z_change - x_change) * z_sum), 0)
-            value = crossed / z_total + tl.log(x_total) - tl.log(z_total)
+            value = crossed / z_total + x_log - z_log
             mean = value
         if entropies is not None:
             entropy = tl.sum(x_scale * (entropy + x_change * x_sum), 0)
-            tl.store(entropies + row, tl.log(x_total) - entropy / x_total)
+            tl.store(entropies + row, x_log - entropy / x_total)
 
     # sweep 2
     if NAME == "tvd" or NAME == "jsd" or NAME == "skl" or NAME == "srkl":
@@ -168,7 +180,7 @@ def divergence_kernel(
             columns = start + lanes
             z = tl.load(student + columns, mask=columns < vocab_size, other=_PAST_END)
             x = tl.load(teacher + columns, mask=columns < vocab_size, other=_PAST_END)
-            term, slope, q = _terms(z - z_log, x - x_log, share, NAME, DETACH)
+            term, slope, q = _terms(z - z_max - z_log, x - x_max - x_log, share, NAME, DETACH)
             values += term
             slopes += q * slope
         value = tl.sum(values, 0)
@@ -187,15 +199,15 @@ def divergence_kernel(
             columns = start + lanes
             z = tl.load(student + columns, mask=columns < vocab_size, other=_PAST_END)
             if NAME == "sft":
-                q = tl.exp(z - z_log)
+                q = tl.exp(z - z_max - z_log)
                 grad = label * q
             else:
                 x = tl.load(teacher + columns, mask=columns < vocab_size, other=_PAST_END)
                 if NAME == "fkl":
-                    q = tl.exp(z - z_log)
-                    grad = label * q + ratio * (q - tl.exp(x - x_log))
+                    q = tl.exp(z - z_max - z_log)
+                    grad = label * q + ratio * (q - tl.exp(x - x_max - x_log))
                 else:
-                    _, slope, q = _terms(z - z_log, x - x_log, share, NAME, DETACH)
+                    _, slope, q = _terms(z - z_max - z_log, x - x_max - x_log, share, NAME, DETACH)
                     grad = q * (label + ratio * (slope - mean))
             grad -= tl.where(columns == target, label, 0.0)
             tl.store(gradient + columns, grad.to(gradient.dtype.element_ty), mask=columns < vocab_size)
@@ -238,7 +250,7 @@ def divergence_rows(
         divergence.divergence_ratio,
         NAME=divergence.formula if teacher is not None else "sft",
         DETACH=divergence.detach_mixture,
-        BLOCK=min(BLOCK, triton.next_power_of_2(student.shape[1])),
+        BLOCK=min(block_of(student.shape[1]), triton.next_power_of_2(student.shape[1])),
         num_warps=NUM_WARPS,
     )
 
@@ -248,14 +260,17 @@ def specialisations(width: int) -> list[Specialisation]:
     pointers = {"student": "*fp32", "teacher": "*fp32", "targets": "*i64", "weights": "*fp32", "shares": "*fp32"}
     pointers |= {"divergences": "*fp32", "cross_entropies": "*fp32", "entropies": "*fp32", "gradient": "*bf16"}
     scalars = {"vocab_size": "i32", "share": "fp32", "ratio": "fp32"}
-    found = []
     names = ["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl", "srkl detached"]
-    for name in (*names, "skl of each row's α", "srkl detached of each row's α"):
-        constants = {"NAME": name.partition(" ")[0], "DETACH": "detached" in name, "BLOCK": BLOCK}
-        if "each row" not in name:
-            constants["shares"] = None
-        if name == "sft":
-            constants |= {"teacher": None, "entropies": None}
-        signature = {key: kind for key, kind in (pointers | scalars).items() if key not in constants}
-        found.append(Specialisation(f"divergence {name}", divergence_kernel, signature, constants, NUM_WARPS, 3))
+    names += ["skl of each row's α", "srkl detached of each row's α"]
+    found = []
+    for name, full, odd in itertools.product(names, (False, True), (False, True)):
+        constants: dict[str, Any] = {"NAME": name.partition(" ")[0], "DETACH": "detached" in name}
+        constants["BLOCK"] = block_of(50_257 if odd else 50_304)
+        wanted = {"shares": "each row" in name, "weights": full, "entropies": full, "teacher": name != "sft"}
+        constants |= {key: None for key, given in wanted.items() if not given}
+        kinds = pointers | scalars | ({"gradient": "*fp32"} if full and odd else {})
+        signature = {key: kind for key, kind in kinds.items() if key not in constants}
+        title = f"divergence {name}{', weights and entropy' if full else ''}{', odd vocabulary' if odd else ''}"
+        sizes = ("vocab_size",) if odd else ()
+        found.append(Specialisation(title, divergence_kernel, signature, constants, NUM_WARPS, 3, sizes))
     return found

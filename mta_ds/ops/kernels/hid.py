@@ -7,6 +7,8 @@ The products around it, P = h Wᵀ and the two of its gradient, are a library's.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -80,11 +82,12 @@ def distances(
 def specialisations(width: int) -> list[Specialisation]:
     """Every compiled form for states of this width."""
     found = []
-    for name in ("bf16", "fp32"):
+    for name, chosen in itertools.product(("bf16", "fp32"), (True, False)):
         signature = {
             "projected": "*fp32", "teacher": f"*{name}", "tokens": "*i64", "weights": "*fp32", "values": "*fp32",
             "gradient": f"*{name}", "teacher_stride": "i32", "num_features": "i32", "first_token": "i32",
         }  # fmt: skip
-        constexprs = {"HAS_TOKENS": True, "FEATURES": block_size(width, FEATURES)}
-        found.append(Specialisation(f"hid {name}", _distances, signature, constexprs, 8, 3))
+        constexprs = {"HAS_TOKENS": chosen, "FEATURES": block_size(width, FEATURES)}
+        title = f"hid {name}{'' if chosen else ', all tokens'}"
+        found.append(Specialisation(title, _distances, signature, constexprs, 8, 3))
     return found

@@ -18,6 +18,8 @@ class Specialisation(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    odd: tuple[str, ...] = ()
+    """Sizes that are no multiple of 16 in this form, as GPT-2's vocabulary of 50,257."""
 
 
 def precision(dtype: torch.dtype) -> str:

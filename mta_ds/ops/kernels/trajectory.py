@@ -16,6 +16,8 @@ used: two runs agree to the bit.
 
 from __future__ import annotations
 
+import itertools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,9 +38,9 @@ _NO_MAXIMUM = tl.constexpr(-1e28)
 
 @triton.jit
 def _log_sum(maximum, total):
-    """Lanes to one log-sum-exp."""
+    """Lanes to one log-sum-exp, in two parts: their sum would be rounded at the size of the logits."""
     maximum, _, _, total = gather(maximum, total)
-    return maximum + tl.log(total)
+    return maximum, tl.log(total)
 
 
 @triton.jit
@@ -82,11 +84,15 @@ def trajectory_kernel(
             b_max, _, _, _, _, b_sum = follow(b, b_max, b_sum)
             c_max, _, _, _, _, c_sum = follow(c, c_max, c_sum)
             e_max, _, _, _, _, e_sum = follow(e, e_max, e_sum)
-    q_log, p_log = _log_sum(q_max, q_sum), _log_sum(p_max, p_sum)
+    q_top, q_log = _log_sum(q_max, q_sum)
+    p_top, p_log = _log_sum(p_max, p_sum)
+    a_top, b_top, c_top, e_top = 0.0, 0.0, 0.0, 0.0
     a_log, b_log, c_log, e_log = 0.0, 0.0, 0.0, 0.0
     if HAS_PREVIOUS:
-        a_log, b_log = _log_sum(a_max, a_sum), _log_sum(b_max, b_sum)
-        c_log, e_log = _log_sum(c_max, c_sum), _log_sum(e_max, e_sum)
+        a_top, a_log = _log_sum(a_max, a_sum)
+        b_top, b_log = _log_sum(b_max, b_sum)
+        c_top, c_log = _log_sum(c_max, c_sum)
+        e_top, e_log = _log_sum(e_max, e_sum)
 
     # sweep 2
     divergence = tl.zeros([BLOCK], tl.float32)
@@ -96,13 +102,13 @@ def trajectory_kernel(
         inside = columns < vocab_size
         a = tl.load(student + columns, mask=inside, other=_PAST_END)
         c = tl.load(teacher + columns, mask=inside, other=_PAST_END)
-        log_p = c * inverse_temperature - p_log
-        divergence += tl.exp(log_p) * (log_p - (a * inverse_temperature - q_log))
+        log_p = c * inverse_temperature - p_top - p_log
+        divergence += tl.exp(log_p) * (log_p - (a * inverse_temperature - q_top - q_log))
         if HAS_PREVIOUS:
             b = tl.load(student + before + columns, mask=inside, other=_PAST_END)
             e = tl.load(teacher + before + columns, mask=inside, other=_PAST_END)
-            ours = (a - a_log) - (b - b_log)  # past the end too small to differ: 0
-            theirs = (c - c_log) - (e - e_log)
+            ours = (a - a_top - a_log) - (b - b_top - b_log)  # past the end too small to differ: 0
+            theirs = (c - c_top - c_log) - (e - e_top - e_log)
             dot += ours * theirs
             square += ours * ours
             their_square += theirs * theirs
@@ -129,13 +135,14 @@ def trajectory_kernel(
         inside = columns < vocab_size
         a = tl.load(student + columns, mask=inside, other=_PAST_END)
         c = tl.load(teacher + columns, mask=inside, other=_PAST_END)
-        toward = kl_factor * (tl.exp(a * inverse_temperature - q_log) - tl.exp(c * inverse_temperature - p_log))
+        q = tl.exp(a * inverse_temperature - q_top - q_log)
+        toward = kl_factor * (q - tl.exp(c * inverse_temperature - p_top - p_log))
         if HAS_PREVIOUS:
             b = tl.load(student + before + columns, mask=inside, other=_PAST_END)
             e = tl.load(teacher + before + columns, mask=inside, other=_PAST_END)
-            log_a = a - a_log
-            log_b = b - b_log
-            change = along * ((c - c_log) - (e - e_log)) + back * (log_a - log_b)
+            log_a = a - a_top - a_log
+            log_b = b - b_top - b_log
+            change = along * ((c - c_top - c_log) - (e - e_top - e_log)) + back * (log_a - log_b)
             toward += change - mean * tl.exp(log_a)
             away = mean * tl.exp(log_b) - change
             tl.store(gradient + before + columns, away.to(gradient.dtype.element_ty), mask=inside)
@@ -177,12 +184,13 @@ def specialisations(width: int) -> list[Specialisation]:
     signature |= dict.fromkeys(("inverse_temperature", "kl_factor", "derivative_factor"), "fp32")
     return [
         Specialisation(
-            f"trajectory {'later' if later else 'first'} key layer",
+            f"trajectory {'later' if later else 'first'} key layer{', odd vocabulary' if odd else ''}",
             trajectory_kernel,
             signature,
             {"HAS_PREVIOUS": later, "BLOCK": BLOCK},
             NUM_WARPS,
             3,
+            ("vocab_size",) if odd else (),
         )
-        for later in (False, True)
+        for later, odd in itertools.product((False, True), (False, True))
     ]
