@@ -49,8 +49,8 @@ class DistiLLM2(Method):
         super().__init__(Divergence("skl", alpha=config.alpha, vocab_size=vocab_size))
         self.config = config
         self.rejected = Divergence("srkl", alpha=config.alpha, detach_mixture=True, vocab_size=vocab_size)
-        self.gaps = {"chosen": 0.0, "rejected": 0.0}
-        """Sums of each step's mean gap."""
+        self.gaps = {half: torch.zeros((), dtype=torch.float64) for half in ("chosen", "rejected")}
+        """Sums of each step's mean gap, on the device once a step has added to them: no step waits for it."""
         self.gap_steps = 0
 
     def describe(self) -> str:
@@ -76,16 +76,16 @@ class DistiLLM2(Method):
     def after_step(self, step: int, shares: Mapping[str, Tensor], all_reduce: Callable[[Tensor], Tensor]) -> None:
         if not self.config.alpha_curriculum or step > self.config.gap_steps:
             return
-        summed = all_reduce(torch.stack([shares[f"gap/{half}"].double() for half in self.gaps])).tolist()
+        summed = all_reduce(torch.stack([shares[f"gap/{half}"].double() for half in self.gaps]))
         for half, gap in zip(self.gaps, summed, strict=True):
-            self.gaps[half] += gap
+            self.gaps[half] = self.gaps[half] + gap
         self.gap_steps += 1
 
     def state(self) -> dict[str, float]:
-        return {f"gap_{half}": value for half, value in self.gaps.items()} | {"gap_steps": self.gap_steps}
+        return {f"gap_{half}": float(value) for half, value in self.gaps.items()} | {"gap_steps": self.gap_steps}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        self.gaps = {half: state[f"gap_{half}"] for half in self.gaps}
+        self.gaps = {half: torch.tensor(state[f"gap_{half}"], dtype=torch.float64) for half in self.gaps}
         self.gap_steps = int(state["gap_steps"])
 
 

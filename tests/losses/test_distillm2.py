@@ -259,14 +259,15 @@ def test_micro_steps_and_ranks_add_up_to_the_step():
     torch.testing.assert_close(torch.cat(grads), exact[0], rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(head_gradient, exact[1], rtol=1e-9, atol=1e-11)
 
-    before = dict(method.gaps)
+    before = method.state()
     others = torch.stack([ranks[1][f"gap/{half}"] for half in HALVES])
     method.after_step(5, ranks[0], lambda values: values + others)
     at_once.after_step(5, whole_shares, lambda values: values)
     for half in HALVES:
-        gained = method.gaps[half] - before[half]
+        name = f"gap_{half}"
+        gained = method.state()[name] - before[name]
         assert gained == pytest.approx(sum(expected.gaps[half]) / 6, rel=1e-9)
-        assert method.gaps[half] == pytest.approx(at_once.gaps[half], rel=1e-12)
+        assert method.state()[name] == pytest.approx(at_once.state()[name], rel=1e-12)
     assert method.gap_steps == 5
 
 
@@ -284,6 +285,20 @@ def test_the_mean_gap_is_frozen_after_its_steps():
     for step in (3, 4, 400):
         method.after_step(step, shares_of(9.0, 9.0), lambda values: values)
         assert method.state() == frozen
+
+
+def test_a_step_waits_for_no_gap(monkeypatch):
+    method = make(gap_steps=2)
+    method.load_state({"gap_chosen": 0.5, "gap_rejected": 0.1, "gap_steps": 1})
+
+    def wait(tensor):
+        raise AssertionError("a step reads a number off the device")
+
+    for name in ("item", "tolist", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    shares = {f"gap/{half}": torch.tensor(0.25) for half in HALVES}
+    method.after_step(2, shares, lambda summed: summed)
+    method.alphas(torch.tensor([0.3, 0.1]), "chosen")
 
 
 def test_without_the_curriculum_no_gap_is_learnt():
