@@ -15,7 +15,7 @@ from mta_ds.data.project import project
 from mta_ds.data.template import Half, Part, Template, render
 from mta_ds.data.units import Chosen, UnitConfig, choose
 from mta_ds.errors import UserError
-from mta_ds.spans.records import Record
+from mta_ds.spans.records import HALVES, Record
 from mta_ds.spans.store import Units
 
 Lookup = Callable[[str, str, str], Units | None]
@@ -72,8 +72,10 @@ def encode_parts(
         lookup: the span store's; None leaves the spans empty.
 
     Raises:
-        UserError: the span store does not have the record, or has it with another text.
+        UserError: the span store does not have the record, or has it with another text; a preference's half is empty.
     """
+    if record.format == "preference":
+        _insist_on_a_response(record, parts[-1])
     responses = [i for i, part in enumerate(parts) if part.is_response]
     if not responses:
         return Dropped("without a response")
@@ -83,10 +85,10 @@ def encode_parts(
     prompt_length = 0
     for i, part in enumerate(parts):
         limit = config.max_prompt_length if single_turn and i < responses[0] else None
+        if part.is_response and i and len(tokens.ids) < config.max_length:
+            prompt_length = len(tokens.ids)  # a rollout answers the last turn that there is room for
         if not _append(tokens, part, tokenizer, chosen, config, limit):
             return Dropped("with a prompt over max_prompt_length")
-        if i < responses[0]:
-            prompt_length = len(tokens.ids)
     return _cut(record, config.max_length, tokens, prompt_length)
 
 
@@ -101,6 +103,16 @@ def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[in
     ids, _ = _opening(part, tokenizer)
     ids += tokenizer(part.text, add_special_tokens=False)["input_ids"]
     return ids[: config.max_prompt_length]
+
+
+def _insist_on_a_response(record: Record, last: Part) -> None:
+    """UserError if the half that was rendered, up to its ``last`` part, says nothing."""
+    empty = [half for half in HALVES if not record.fields.get(half, "").strip()]
+    if empty and (not last.is_response or any(piece.field in empty for piece in last.pieces)):
+        raise UserError(
+            f"{record.where}: record {record.id} has nothing in {' and '.join(empty)}; "
+            "a preference needs both responses: mend or remove the row"
+        )
 
 
 def _choose(record: Record, parts: Sequence[Part], config: DataConfig, lookup: Lookup | None) -> dict[str, Chosen]:
@@ -173,7 +185,7 @@ def _cut(record: Record, max_length: int, tokens: _Tokens, prompt_length: int) -
         joined = np.concatenate([np.zeros((0, 2), dtype=np.int64), *ranges])
         spans[granularity] = unique_ranges(joined[joined[:, 1] <= max_length]).astype(np.int32)
     ids = np.array(tokens.ids[:max_length], dtype=np.int32)
-    return Example(record.id, ids, labels, spans, min(prompt_length, len(ids)))
+    return Example(record.id, ids, labels, spans, prompt_length)
 
 
 def unique_ranges(ranges: np.ndarray) -> np.ndarray:

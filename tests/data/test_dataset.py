@@ -229,12 +229,11 @@ def test_a_pair_is_two_examples_side_by_side_with_the_spans_of_both(pair: Path, 
 
 
 def test_a_pair_is_dropped_whole(pair: Path, tokenizer, tmp_path: Path) -> None:
-    empty = {"id": "empty", "prompt": "Say.", "chosen": "Yes.", "rejected": ""}
     long = {"id": "long", "prompt": "word " * 900, "chosen": "Yes.", "rejected": "No."}
-    file, _ = preferences(pair, tmp_path, empty, long)
+    file, _ = preferences(pair, tmp_path, long)
     config = DataConfig(max_length=2000, max_prompt_length=800, long_prompts="drop")
     dataset = build_dataset([file], config, tokenizer, None, tmp_path / "cache", pairs=True)
-    assert dataset.summary.dropped == {"without a response": 1, "with a prompt over max_prompt_length": 1}
+    assert dataset.summary.dropped == {"with a prompt over max_prompt_length": 1}
     assert dataset.summary.records == 24 and len(dataset) == 48
     assert [dataset[i].is_rejected for i in range(4)] == [False, True, False, True]
 
@@ -244,4 +243,7 @@ def test_pairs_want_both_responses(pair: Path, tokenizer, tmp_path: Path) -> Non
         build_dataset([str(pair / "train.jsonl")], DataConfig(), tokenizer, None, tmp_path, pairs=True)
     file, _ = preferences(pair, tmp_path, {"id": "half", "prompt": "Say.", "chosen": "Yes."})
     with pytest.raises(UserError, match=r"pairs\.jsonl:25: missing field: rejected"):
+        build_dataset([file], DataConfig(), tokenizer, None, tmp_path, pairs=True)
+    file, _ = preferences(pair, tmp_path, {"id": "half", "prompt": "Say.", "chosen": "Yes.", "rejected": None})
+    with pytest.raises(UserError, match=r"pairs\.jsonl:25: record half has nothing in rejected; "):
         build_dataset([file], DataConfig(), tokenizer, None, tmp_path, pairs=True)

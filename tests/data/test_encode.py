@@ -8,6 +8,7 @@ from support import train_tokenizer
 from tokenizers import processors
 
 from mta_ds.data import DataConfig, Dropped, Example, UnitConfig, Units, encode, encode_prompt
+from mta_ds.errors import UserError
 from mta_ds.spans.records import Record, parse_row, text_hash
 
 INSTRUCTION, OUTPUT = "Name the big cat of Asia.", "The striped tiger lives in the dense forest."
@@ -116,6 +117,41 @@ def test_conversations_are_cut_at_their_end_only(tokenizer) -> None:
     labelled = tokenizer.decode(whole.input_ids[whole.labels != -100])
     assert labelled == f"{OUTPUT}{tokenizer.eos_token}" * 2
     assert texts_of(tokenizer, whole, "word") == (INSTRUCTION.split() + OUTPUT.split()) * 2
+
+
+def test_a_rollout_answers_what_generate_would(tokenizer) -> None:
+    """The last turn, or the last that begins within ``max_length``."""
+    texts = ["Name the cat.", "The tiger.", "And where?", "In the dense forest."]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ours = record(messages=turns)
+    whole = run(tokenizer, ours, template="chat")
+    prompt = tokenizer.decode(whole.input_ids[: whole.prompt_length])
+    assert prompt == tokenizer.decode(encode_prompt(ours, DataConfig(template="chat"), tokenizer))
+    assert prompt.endswith("The tiger.<|end|>user: And where?<|end|>assistant: ")
+    cut = run(tokenizer, ours, template="chat", max_length=whole.prompt_length)
+    assert tokenizer.decode(cut.input_ids[: cut.prompt_length]) == "user: Name the cat.<|end|>assistant: "
+    assert (
+        run(tokenizer, ours, template="chat", max_length=whole.prompt_length + 1).prompt_length == whole.prompt_length
+    )
+
+
+TURN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+@pytest.mark.parametrize(("half", "other"), [("chosen", "rejected"), ("rejected", "chosen")])
+@pytest.mark.parametrize("empty", ["", None, " \n"])
+@pytest.mark.parametrize(("template", "prompt"), [("minillm", {"prompt": "p"}), ("chat", {"messages": TURN})])
+def test_a_preference_with_an_empty_half_is_named(tokenizer, half, other, empty, template, prompt) -> None:
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    ours = record(**prompt, id="r7", **{half: empty, other: "an answer"})
+    config = DataConfig(template=template)
+    with pytest.raises(UserError, match=rf"^test:1: record r7 has nothing in {half}; .*remove the row$"):
+        encode(ours, config, tokenizer, None, half)
+    assert isinstance(encode(ours, config, tokenizer, None, other), Example)  # whoever reads one half has it
 
 
 def test_records_without_a_label_are_dropped(tokenizer) -> None:
