@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton's kernels run on CPU tensors by its interpreter, which has to be chosen before anything imports Triton:
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from support import make_pair
+
+# How long an example takes says how busy the machine is, not whether what is tested holds
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

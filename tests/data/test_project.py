@@ -89,7 +89,7 @@ TEXTS = st.one_of(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS, data=st.data())
 def test_equals_the_definition(family: str, text: str, data: st.DataObject) -> None:
     offsets = offsets_of(family, text)

@@ -137,7 +137,7 @@ TEXTS = st.one_of(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(text=TEXTS)
 def test_encoded_text(family: str, text: str) -> None:
     ids = encode(family, text)
@@ -151,7 +151,7 @@ def test_encoded_text(family: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_ids(family: str, data: st.DataObject) -> None:
     """What an untrained student writes; also ids in the padding of its head, which are no tokens."""

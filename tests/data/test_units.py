@@ -57,7 +57,7 @@ def brute_force(units: Units, config: UnitConfig) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("choice", ["innermost", "maximal", "all"])
 @pytest.mark.parametrize("words", ["in_phrases", "all"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(units=random_units(), min_words=st.integers(1, 3), max_words=st.one_of(st.none(), st.integers(3, 6)))
 def test_equals_brute_force(choice, words, units: Units, min_words: int, max_words: int | None) -> None:
     config = UnitConfig(choose=choice, words=words, min_words=min_words, max_words=max_words)

@@ -87,7 +87,7 @@ def test_equals_benepar(force_root: bool, whole_numbers: bool) -> None:
     assert as_sets == benepar_constituents(charts, force_root)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_order_nesting_and_heights(lengths: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -71,13 +71,13 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.text(max_size=200), st.lists(PIECES, max_size=80).map("".join)))
 def test_offsets_name_the_words(text: str) -> None:
     check_invariants(text)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.text(min_size=1, max_size=30))
 def test_offsets_name_the_words_of_long_lines(text: str) -> None:
     check_invariants(text * (30_000 // len(text)))
@@ -104,7 +104,7 @@ def texts(draw: st.DrawFn) -> str:
     return draw(BREAKS).join(draw(st.permutations(parts)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts(), st.integers(0, 2**32 - 1), st.integers(1, 12))
 def test_any_text_and_any_parser(text: str, seed: int, longest: int) -> None:
     check_invariants(text)
