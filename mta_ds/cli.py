@@ -181,10 +181,12 @@ def export(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks 
     if nproc is not None:
         _launch("export", config, overrides, nproc)
     from mta_ds.config import load
-    from mta_ds.engine import RunConfig, export_checkpoint, shutdown
+    from mta_ds.engine import RunConfig, distributed, export_checkpoint
 
-    print(export_checkpoint(load(config, RunConfig, overrides or ())))
-    shutdown()
+    output = export_checkpoint(load(config, RunConfig, overrides or ()))
+    if distributed.rank() == 0:
+        print(output)
+    distributed.shutdown()
 
 
 @app.command()

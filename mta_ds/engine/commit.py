@@ -117,9 +117,12 @@ def digests_of(folder: Path, names: Sequence[str], sync: bool = False) -> Digest
 
 
 def find_newest(
-    root: Path, config_hash: str, batch_size: int, inputs: Mapping[str, str]
+    root: Path, config_hash: str, batch_size: int | None = None, inputs: Mapping[str, str] | None = None
 ) -> tuple[Path, Progress] | None:
     """The newest checkpoint whose files match their hashes, or None; every rank must call it and gets the same.
+
+    Args:
+        batch_size, inputs: of the run that is to go on with it; None for who trains no further.
 
     Raises:
         UserError: it belongs to another run, or has another format; or there are checkpoints, all damaged. On every
@@ -201,20 +204,21 @@ def _check_files(folder: Path, files: Digests) -> None:
 
 
 def _check_same_run(
-    folder: Path, saved: Progress, config_hash: str, batch_size: int, inputs: Mapping[str, str]
+    folder: Path, saved: Progress, config_hash: str, batch_size: int | None, inputs: Mapping[str, str] | None
 ) -> None:
     if saved.config_hash != config_hash:
         raise _on_every_rank(
             f"{folder}: saved under another configuration of model, data, loss or schedule; "
             "resume with that run's config.yaml, or choose another run_dir"
         )
+    inputs = saved.inputs if inputs is None else inputs
     names = [*saved.inputs, *(name for name in inputs if name not in saved.inputs)]
     if differing := [name for name in names if saved.inputs.get(name) != inputs.get(name)]:
         raise _on_every_rank(
             f"{folder}: saved with other {differing[0]} than there are now under the same path; bring those back, or "
             "choose another run_dir"
         )
-    if saved.batch_size != batch_size:
+    if batch_size not in (None, saved.batch_size):
         raise _on_every_rank(
             f"{folder}: saved with {saved.batch_size} sequences a step, this run has {batch_size}; choose "
             f"micro_batch_size x gradient_accumulation_steps x ranks = {saved.batch_size}"

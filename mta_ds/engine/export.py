@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig
+from mta_ds.engine.distiller import Distiller
+from mta_ds.engine.pair import Pair
 from mta_ds.files import atomic_folder, fsync_directory
 from mta_ds.models import (
     adapter_parameters,
@@ -70,6 +72,14 @@ def _gather_adapters(model: PreTrainedModel) -> dict[str, Tensor]:
             if distributed.rank() == 0:
                 adapters[name] = parameter.detach().cpu().clone()
     return adapters
+
+
+def export_student(config: RunConfig, pair: Pair, distiller: Distiller, step: int) -> Path:
+    """Write a run's student as it is after ``step`` to the run's export folder; every rank must call it."""
+    output = config.run_dir / "export"
+    card = model_card(config, pair.method.describe(), step)
+    export(distiller.student.model, pair.student_dir, output, card)
+    return output
 
 
 def model_card(config: RunConfig, method: str, step: int) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 from mta_ds.data import PairCounts, write_pairs
 from mta_ds.engine import distributed
+from mta_ds.engine.checkpoint import load
+from mta_ds.engine.commit import find_newest
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.pair import student_folder, teacher_folder
-from mta_ds.engine.setup import prepare
-from mta_ds.engine.train import export_student, resume
+from mta_ds.engine.export import export_student
+from mta_ds.engine.pair import prepare_pair, student_folder, teacher_folder
+from mta_ds.engine.setup import make_student_engine
 from mta_ds.errors import UserError
 from mta_ds.evaluation import GeneratedManifest, evaluate, write_responses
 from mta_ds.models import resolve_model
@@ -39,6 +40,7 @@ def generate_run(config: RunConfig, shard_index: int | None = None, pair_with: s
     """
     generation = config.generation
     folder, trusted = _answering_model(config)
+    quantization = config.teacher.quantization if generation.model == "teacher" else None
     output = generated_folder(config)
     manifest = write_responses(
         folder,
@@ -49,6 +51,7 @@ def generate_run(config: RunConfig, shard_index: int | None = None, pair_with: s
         dtype=config.train.dtype,
         shard_index=shard_index,
         trust_remote_code=trusted,
+        quantization=quantization,
     )
     if manifest is None or pair_with is None:
         return Generated(output, manifest, None)
@@ -82,19 +85,37 @@ def evaluate_run(config: RunConfig, student: Path | None, name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no model to evaluate; 'mta-ds export' writes it, or name one with --student")
     output = config.run_dir / "evaluation" / f"{name}.json"
-    teacher = teacher_folder(config)
-    evaluate(folder, teacher, output, config=config.evaluation, data=config.data, dtype=config.train.dtype)
+    evaluate(
+        folder,
+        teacher_folder(config),
+        output,
+        config=config.evaluation,
+        data=config.data,
+        dtype=config.train.dtype,
+        trust_remote_code=config.student.trust_remote_code,
+        teacher_code=config.teacher.trust_remote_code,
+        quantization=config.teacher.quantization,
+    )
     return output
 
 
 def export_checkpoint(config: RunConfig) -> Path:
     """Write the student of the newest valid checkpoint to the run's export folder; every rank must call it.
 
+    Any number of ranks may, with any batch; neither data nor the teacher's weights are read.
+
     Raises:
         UserError: the run has no valid checkpoint.
     """
     distributed.initialise()
-    run = dataclasses.replace(prepare(config), rollouts=None)  # texts on their way would start their parsers
-    if (step := resume(run)) == 0:
-        raise UserError(f"{config.run_dir}/checkpoints: no valid checkpoint to export")
-    return export_student(run, step)
+    root = config.run_dir / "checkpoints"
+    found = find_newest(root, config.training_hash())
+    if found is None:
+        error = UserError(f"{root}: no valid checkpoint to export")
+        error.on_every_rank = True
+        raise error
+    folder, progress = found
+    pair = prepare_pair(config)
+    engine = make_student_engine(config, pair)
+    load(engine, folder, progress, config.train.seed)
+    return export_student(config, pair, engine.module, progress.step)

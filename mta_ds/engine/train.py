@@ -24,7 +24,7 @@ from mta_ds.engine.commit import Progress, find_newest
 from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import global_counts
 from mta_ds.engine.environment import describe_environment, describe_ranks, record_start
-from mta_ds.engine.export import export, model_card
+from mta_ds.engine.export import export_student
 from mta_ds.engine.health import Heartbeat
 from mta_ds.engine.inputs import input_hashes
 from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
@@ -106,21 +106,13 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
     finished = step >= run.num_steps and not stopping
     if finished:
         heartbeat.beat(step, "export")
-        export_student(run, step)
+        export_student(config, run.pair, run.distiller, step)
     if run.rollouts is not None:
         run.rollouts.close()
     if log is not None:
         log.close()
     heartbeat.beat(step, "end" if finished else "stopped")
     return finished
-
-
-def export_student(run: Run, step: int) -> Path:
-    """Write the student as it is after ``step`` to the run's export folder; every rank must call it."""
-    output = run.config.run_dir / "export"
-    card = model_card(run.config, run.method.describe(), step)
-    export(run.distiller.student.model, run.pair.student_dir, output, card)
-    return output
 
 
 def train_step(run: Run, step: int, batches: list[Batch], source: Source = Source.DATA) -> dict[str, Tensor]:
