@@ -11,7 +11,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -47,7 +47,9 @@ from mta_ds.evaluation.generation import (
 from mta_ds.evaluation.rouge import rouge_l
 from mta_ds.evaluation.validation import Validation, model_scorer, validate
 from mta_ds.files import sha256, write_atomic
-from mta_ds.models import Dtype, load_pretrained, load_tokenizer, vocabulary_size
+from mta_ds.models import Dtype, load_tokenizer, vocabulary_size
+from mta_ds.models.loading import Quantization
+from mta_ds.models.placement import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,9 @@ def evaluate(
     data: DataConfig,
     dtype: Dtype = "float32",
     device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    teacher_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """Score ``student``; write the result to ``output`` (JSON) and its texts to ``<stem>.generations.jsonl`` beside it.
 
@@ -110,7 +115,9 @@ def evaluate(
     Args:
         student, teacher: model folders; without a teacher there is no KL.
         data: template and lengths; spans and units are not used.
-        device: the first GPU, or the CPU where there is none.
+        device: of both models; unless given, :func:`mta_ds.models.placement.load_whole` decides.
+        trust_remote_code, teacher_code: whether the student's folder, and the teacher's, may run code of their own.
+        quantization: the teacher's.
 
     Returns:
         What was written: ``loss``, ``kl``, ``tokens``, ``rouge_l`` {mean, std, passes, texts}, ``generations`` (a file
@@ -123,11 +130,16 @@ def evaluate(
     inputs = config.records or data.validation
     if not inputs:
         raise UsageError("evaluation.records: nothing to evaluate on; name record files there or in data.validation")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_pretrained(student, dtype).to(device).eval()
-    tokenizer = load_tokenizer(student)
+    model = load_whole(student, dtype, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(student, trust_remote_code)
     _check_positions(model, student, config, data)
-    losses = _losses(model, tokenizer, teacher, inputs, config, data, dtype)
+    load_teacher = None
+    if teacher is not None:
+        _check_vocabularies(tokenizer, load_tokenizer(teacher, teacher_code), teacher)
+        load_teacher = partial(
+            load_whole, teacher, dtype, device=device, trust_remote_code=teacher_code, quantization=quantization
+        )
+    losses = _losses(model, tokenizer, load_teacher, inputs, config, data)
     kl = "" if losses.kl is None else f", KL to the teacher {losses.kl:.4f}"
     logger.info("%s: loss %.4f%s over %d tokens", student, losses.loss, kl, losses.tokens)
     result: dict[str, Any] = {"loss": losses.loss, "kl": losses.kl, "tokens": losses.tokens}
@@ -138,7 +150,9 @@ def evaluate(
         result["rouge_l"] = _score_texts(model, tokenizer, questions, config, path)
         result["generations"] = path.name
     result["seconds"] = round(time.monotonic() - began, 1)
-    result["settings"] = _settings(student, teacher, inputs, config, data, dtype, device)
+    result["settings"] = _settings(student, teacher, inputs, config, data, dtype, model.device) | {
+        "quantization": quantization
+    }
     write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
@@ -146,18 +160,15 @@ def evaluate(
 def _losses(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    teacher: Path | None,
+    load_teacher: Callable[[], PreTrainedModel] | None,
     inputs: Sequence[str],
     config: EvaluationConfig,
     data: DataConfig,
-    dtype: Dtype,
 ) -> Validation:
-    """Loss and KL over all records; the teacher is loaded for this alone, and gone before text is generated."""
-    other = None
-    if teacher is not None:
-        _check_vocabularies(tokenizer, load_tokenizer(teacher), teacher)
-        other = load_pretrained(teacher, dtype).to(model.device).eval()
-    score = model_scorer(model, other, vocabulary_size(tokenizer))
+    """Loss and KL over all records; the teacher is loaded for this alone, beside the student, and gone before text is
+    generated."""
+    teacher = None if load_teacher is None else load_teacher()
+    score = model_scorer(model, teacher, vocabulary_size(tokenizer))
     with _encoded(inputs, data, tokenizer) as dataset:
         return validate(score, _batches(dataset, config.batch_size, int(tokenizer.pad_token_id), model.device))
 

@@ -41,7 +41,9 @@ from mta_ds.evaluation.evaluate import model_hashes
 from mta_ds.evaluation.generated import GeneratedManifest, GeneratedPart, ResponseCounts, claim, complete_part, finish
 from mta_ds.evaluation.generation import GenerationConfig, end_tokens, generate, response_text
 from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.models import Dtype, load_config, load_pretrained, load_tokenizer
+from mta_ds.models import Dtype, load_config, load_tokenizer
+from mta_ds.models.loading import Quantization
+from mta_ds.models.placement import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +115,14 @@ def write_responses(
     shard_index: int | None = None,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> GeneratedManifest | None:
     """Answer the shards that are missing, or only ``shard_index``; write the manifest if that completes the folder.
 
     Args:
         model_dir: the model that answers, with its tokenizer.
         data: template, and what happens to long prompts.
-        device: the first GPU, or the CPU where there is none.
+        device: unless given, :func:`mta_ds.models.placement.load_whole` decides.
 
     Returns:
         The manifest, or None while other shards are missing.
@@ -137,12 +140,14 @@ def write_responses(
     _refuse_output_in_input(output, inputs)
     _check_positions(model_dir, config, trust_remote_code)
     tokenizer = load_tokenizer(model_dir, trust_remote_code)
-    claim(output, _identity(model_dir, inputs, config, data, dtype))
+    precision = dtype if quantization is None else f"{dtype}, {quantization}"
+    claim(output, _identity(model_dir, inputs, config, data, precision))
     wanted = range(config.num_shards) if shard_index is None else (shard_index,)
     missing = [i for i in wanted if complete_part(output, i, config.num_shards) is None]
     if missing:
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_pretrained(model_dir, dtype, trust_remote_code=trust_remote_code).to(device).eval()
+        model = load_whole(
+            model_dir, dtype, device=device, trust_remote_code=trust_remote_code, quantization=quantization
+        )
         for index in missing:
             _write_part(model, tokenizer, inputs, output, config, data, index)
     return finish(output)

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from mta_ds.models.lora import LoraConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["8bit", "4bit"]
+DeviceMap = Mapping[str, int | str]
+"""The GPU (its number) or "cpu", for each part of a model by its name."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -167,6 +169,7 @@ def load_pretrained(
     deepspeed_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model and insist that every tensor of model and checkpoint met its counterpart.
 
@@ -176,6 +179,7 @@ def load_pretrained(
         deepspeed_config: if it is stage 3, parameters are partitioned as they load and no rank holds a full copy.
         quantization: round the matrices of the decoder layers as they load, each on this rank's device; whole models
             only.
+        device_map: where the parts of a whole model go, by their names.
 
     Raises:
         UserError: no weights; a tensor missing, surplus or of another shape; a model whose logits are not its head's
@@ -189,6 +193,8 @@ def load_pretrained(
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if quantization is not None:
         options |= _quantization_options(quantization, dtype)
+    if device_map is not None:
+        options["device_map"] = dict(device_map)
     if is_stage3 := _is_stage3(deepspeed_config):
         # transformers reports no surplus tensor when it fills partitions; a model without memory tells all at once
         _insist_on_match(path, _from_files(path, **options, device_map={"": "meta"}, ignore_mismatched_sizes=True)[1])

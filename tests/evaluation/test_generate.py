@@ -189,7 +189,7 @@ def test_a_complete_folder_is_left_alone(
     output = Path(shutil.copytree(answered, tmp_path / "out"))
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     # the package has a function of the module's name
-    monkeypatch.setattr(importlib.import_module("mta_ds.evaluation.generate"), "load_pretrained", refuse)
+    monkeypatch.setattr(importlib.import_module("mta_ds.evaluation.generate"), "load_whole", refuse)
     assert run(pair, output).counts.written == 24
     assert run(pair, output, shard_index=1, batch_size=1).counts.written == 24  # a batch's size shapes no text
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before

@@ -1,0 +1,43 @@
+"""What the stages around training hand on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import write_config
+
+from mta_ds.config import load
+from mta_ds.engine import RunConfig, evaluate_run, export_checkpoint, generate_run, stages
+
+
+@pytest.mark.parametrize(("model", "expected"), [("teacher", "4bit"), ("student", None)])
+def test_a_quantised_teacher_answers_quantised(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, expected: str | None
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(stages, "write_responses", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr(stages, "evaluate", lambda *_, **options: seen.update(scored=options["quantization"]))
+    teacher = {"path": str(pair / "teacher"), "quantization": "4bit"}
+    config = load(write_config(pair, tmp_path, teacher=teacher, generation={"model": model}), RunConfig)
+    generate_run(config)
+    evaluate_run(config, pair / "student", "before")
+    assert seen["quantization"] == expected and seen["scored"] == "4bit"
+
+
+def test_export_restores_no_rollouts(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their parsers would start, for texts that nobody is going to train on."""
+
+    @dataclass(frozen=True)
+    class Run:
+        rollouts: object
+
+    resumed = []
+    monkeypatch.setattr(stages.distributed, "initialise", lambda: None)
+    monkeypatch.setattr(stages, "prepare", lambda _: Run(rollouts=object()))
+    monkeypatch.setattr(stages, "resume", lambda run: resumed.append(run) or 3)
+    monkeypatch.setattr(stages, "export_student", lambda run, step: tmp_path / str(step))
+    assert export_checkpoint(load(write_config(pair, tmp_path), RunConfig)) == tmp_path / "3"
+    assert resumed == [Run(rollouts=None)]
