@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from support import write_config
 
 from mta_ds.config import load
-from mta_ds.engine import RunConfig, evaluate_run, export_checkpoint, generate_run, stages
+from mta_ds.engine import RunConfig, evaluate_run, generate_run, stages
 
 
 @pytest.mark.parametrize(("model", "expected"), [("teacher", "4bit"), ("student", None)])
@@ -25,19 +24,3 @@ def test_a_quantised_teacher_answers_quantised(
     generate_run(config)
     evaluate_run(config, pair / "student", "before")
     assert seen["quantization"] == expected and seen["scored"] == "4bit"
-
-
-def test_export_restores_no_rollouts(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their parsers would start, for texts that nobody is going to train on."""
-
-    @dataclass(frozen=True)
-    class Run:
-        rollouts: object
-
-    resumed = []
-    monkeypatch.setattr(stages.distributed, "initialise", lambda: None)
-    monkeypatch.setattr(stages, "prepare", lambda _: Run(rollouts=object()))
-    monkeypatch.setattr(stages, "resume", lambda run: resumed.append(run) or 3)
-    monkeypatch.setattr(stages, "export_student", lambda run, step: tmp_path / str(step))
-    assert export_checkpoint(load(write_config(pair, tmp_path), RunConfig)) == tmp_path / "3"
-    assert resumed == [Run(rollouts=None)]
