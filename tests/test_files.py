@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from disk_cases import file_size_limit
 
-from mta_ds.files import atomic_folder, atomic_path, belongs_to_shard, sha256, write_atomic
+from mta_ds import files
+from mta_ds.files import Appender, atomic_folder, atomic_path, belongs_to_shard, process_start, sha256, write_atomic
 
 
 def test_write_replaces_whole(tmp_path: Path) -> None:
@@ -66,6 +69,57 @@ with atomic_path(Path({str(path)!r})) as temporary:
     assert not path.exists() and len(list(tmp_path.iterdir())) == 1
     write_atomic(path, "whole")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_log_grows_by_whole_records(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "log"
+    with file_size_limit(10):
+        log = Appender(path)
+        for record in (b"one\n", b"two\n", b"three\n"):
+            log.add(record)
+        assert path.read_bytes() == b"one\ntwo\n"
+    log.add(b"four\n")
+    assert path.read_bytes() == b"one\ntwo\nthree\nfour\n"
+    log.close()
+    Appender(path, size=8).close()
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_what_the_system_took_and_lost_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a network, where the room runs out after the write."""
+    path = tmp_path / "log"
+    log = Appender(path)
+    log.add(b"one\n")
+    log.sync()
+
+    def fsync(_: int) -> None:
+        path.write_bytes(b"one\n\0\0\0\0")
+        raise OSError(122, "Disk quota exceeded")
+
+    log.add(b"two\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        with pytest.raises(OSError, match="quota"):
+            log.sync()
+    log.sync()
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_the_memory_of_a_log_is_bounded(tmp_path: Path) -> None:
+    log = Appender(tmp_path / "log")
+    for _ in range(50):
+        log.add(b"." * 100_000)
+    assert len(log._records) <= 1_100_000 and (tmp_path / "log").stat().st_size == 5_000_000
+
+
+def test_when_a_process_began() -> None:
+    own = process_start(os.getpid())
+    assert own is not None and own == process_start(os.getpid()) != process_start(1)
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert process_start(child.pid) is None  # a zombie
+    child.wait()
+    assert process_start(child.pid) is None
 
 
 def test_sha256_of_known_content(tmp_path: Path) -> None:
