@@ -172,37 +172,41 @@ def submit(run_dir: Path, plan: Plan) -> list[Submission]:
     Raises:
         UserError: sbatch refuses one of them; those before it are cancelled again. Or the run folder cannot be written.
     """
-    home = folder(run_dir)
+    _keep_copies(folder(run_dir), plan)
+    earlier = read(run_dir)
+    made: list[Submission] = []
+    for job in plan.jobs:
+        try:
+            made.append(_submit_job(job, made[-1].job_id if made else None, plan.site))
+        except UserError as error:
+            if made:
+                slurm.cancel(each.job_id for each in made)
+                _write(run_dir, earlier)
+            raise type(error)(f"{job.stage}: {error}") from None
+        _write(run_dir, [*earlier, *made])
+    return made
+
+
+def _keep_copies(home: Path, plan: Plan) -> None:
     try:
         (home / "logs").mkdir(parents=True, exist_ok=True)
         for copy in plan.copies:
             copy.keep()
     except OSError as error:
         raise UserError(f"{error.filename or home}: {error.strerror}") from None
-    earlier = read(run_dir)
-    made: list[Submission] = []
-    for job in plan.jobs:
-        try:
-            command = sbatch_command(job, made[-1].job_id if made else None)
-            job_id = slurm.submit(command, {SITE: str(plan.site.path)})
-        except UserError as error:
-            if made:
-                slurm.cancel(each.job_id for each in made)
-                _write(run_dir, earlier)
-            raise type(error)(f"{job.stage}: {error}") from None
-        made.append(
-            Submission(
-                stage=job.stage,
-                job_id=job_id,
-                seconds=time.time(),
-                log=job.log,
-                command=tuple(command),
-                shards=job.shards,
-                markers=job.markers,
-            )
-        )
-        _write(run_dir, [*earlier, *made])
-    return made
+
+
+def _submit_job(job: Job, after: str | None, site: Copy) -> Submission:
+    command = sbatch_command(job, after)
+    return Submission(
+        stage=job.stage,
+        job_id=slurm.submit(command, {SITE: str(site.path)}),
+        seconds=time.time(),
+        log=job.log,
+        command=tuple(command),
+        shards=job.shards,
+        markers=job.markers,
+    )
 
 
 def read(run_dir: Path) -> list[Submission]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -188,13 +189,18 @@ def test_cancelled_stays_cancelled(cluster: Cluster, mta_ds: Command, pair: Path
 def test_restarts_without_progress_come_to_an_end(
     cluster: Cluster, mta_ds: Command, pair: Path, tmp_path: Path
 ) -> None:
-    """The site's hook starts ranks that stop at once, as under a time limit that is too short for a step."""
+    """The site's hook starts ranks that stop at once, as under a time limit that is too short for a step.
+
+    The job begins with an empty environment: what it needs is in site.env, and reaches the ranks.
+    """
     config = write_run(pair, tmp_path, tmp_path / "run")
     shutil.copytree(SCRIPTS, tmp_path / "my scripts")
     with open(tmp_path / "my scripts" / "site.env", "a") as site:
+        for name in ("PATH", "SLURM_CONF"):
+            site.write(f"\nexport {name}={shlex.quote(os.environ[name])}")
         site.write('\nstop() { [[ $1 == slurm ]] && exec mta-ds "$@"; exit 75; }\nexport -f stop\n')
         site.write("MTA_DS=(bash -c 'stop \"$@\"' stop)\n")
-    options = (*SMALL, "--nodes=2", "--scripts", tmp_path / "my scripts")
+    options = (*SMALL, "--nodes=2", "--export=NONE", "--scripts", tmp_path / "my scripts")
     assert mta_ds("slurm", "train", config, *options)[0] == 0
     job = ids(tmp_path / "run")["train"]
     for restart in (1, 2):
