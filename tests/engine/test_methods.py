@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from support import assert_same_run, run_command, train, write_config
+from support import assert_same_run, read_metrics, run_command, train, write_config
 
 from mta_ds.config import load
 from mta_ds.engine import RunConfig, check
+from mta_ds.engine.train import train as train_here
 from mta_ds.errors import UserError
 
 FDD = {"method": "fdd", "divergence": "fkl"}
@@ -79,6 +80,19 @@ def test_sequences_come_from_everywhere(one_rank) -> None:
 def test_mta_passes_over_what_nobody_parsed(one_rank) -> None:
     rows = [row for row in one_rank("gkd-unparsed")[1] if "loss" in row]
     assert all(row["source/student"] and row["loss"] == row["base"] > 0 == row["dsa"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["distillm", "gkd", "distillm2"])
+def test_every_method_runs_without_mta(pair: Path, preferences, one_rank_group, tmp_path: Path, name: str) -> None:
+    """In this process, which is quicker."""
+    changes = changes_of(name, preferences) | {"mta": None, "data__spans": None, "train__asynchronous_saves": False}
+    if name == "distillm":
+        changes |= {"loss": DISTILLM | {"phi_step": 0, "buffer_size": 4}, "train__steps": 5}
+    assert train_here(load(write_config(pair, tmp_path, **changes | {"data__validation": []}), RunConfig))
+    rows = read_metrics(tmp_path)
+    assert all(row["loss"] == row["base"] > 0 == row["dsa"] == row["hid"] for row in rows)
+    if name != "distillm2":
+        assert sum(row["source/student"] + row["source/buffer"] for row in rows) == len(rows)
 
 
 def test_terms_are_logged(one_rank) -> None:
