@@ -1,10 +1,13 @@
 """Processes that parse: units of work in, rows of the store's schema out, in order; for the stage and for rollouts.
 
-Each worker owns a parser and one core. A worker ends when its pipe does, so none outlives a parent that was killed.
+Each worker owns a parser and one core. A worker ends when its pipe does, so none outlives a parent that was killed; no
+other signal ends it, since those that a whole group or job is sent are its parent's to handle: a training that is told
+to stop still needs its parses for the step that it is in.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -29,6 +32,7 @@ from mta_ds.spans.rows import Field, Parsed, parse_fields
 # Units that a worker has at hand while it parses another: it never waits for the reader.
 _AHEAD = 2
 _SECONDS_TO_END = 5.0
+_OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 
@@ -103,10 +107,12 @@ class ParserPool:
         self._workers: list[_Worker] = []
         self._results: dict[int, Parsed] = {}
         self._next = 0
+        atexit.register(self.close)  # or multiprocessing would wait for workers that its SIGTERM does not end
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, spec, device), daemon=True)
-            process.start()
+            with _blocked(_OF_THE_PARENT):
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, ahead))
 
@@ -137,6 +143,7 @@ class ParserPool:
 
     def close(self) -> None:
         """End all workers; what is not done is dropped."""
+        atexit.unregister(self.close)
         for worker in self._workers:
             worker.pipe.close()
         for worker in self._workers:
@@ -214,7 +221,6 @@ class _Worker:
 
 def _work(pipe: Connection, spec: str | None, device: str) -> None:
     """A worker: units from a thread that always reads, so that a parent never waits to hand one over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     torch.set_num_threads(1)
     share_memory_pool()
     units: SimpleQueue[list[Field] | None] = SimpleQueue()
@@ -237,6 +243,16 @@ def _read(pipe: Connection, units: SimpleQueue[list[Field] | None]) -> None:
             units.put(pipe.recv())
     except (EOFError, OSError):
         units.put(None)
+
+
+@contextmanager
+def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Hold signals back: this process' until the block ends, those of a process that it starts for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

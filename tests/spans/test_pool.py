@@ -70,6 +70,28 @@ def test_a_killed_worker_is_one_clear_line() -> None:
             list(pool.map([field] for field in fields(20)))
 
 
+def test_signals_to_the_whole_group_are_the_parents_to_handle(pool: ParserPool) -> None:
+    """From the first moment on, while a worker is still importing."""
+    with ParserPool("none", 1) as young:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for worker in (*young._workers, *pool._workers):
+                assert worker.process.pid is not None
+                os.kill(worker.process.pid, number)
+        assert young.result(young.submit(fields(2))).table.num_rows == 2
+        assert pool.result(pool.submit(fields(2))).table.num_rows == 2
+
+
+def test_a_parent_that_fails_ends_with_its_workers() -> None:
+    code = (
+        "from mta_ds.spans.pool import ParserPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ParserPool('none', 1)\n"
+        "    pool.result(pool.submit([]))\n"
+        "    raise ValueError\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, stderr=subprocess.DEVNULL).returncode == 1
+
+
 def test_a_parser_that_cannot_be_loaded_is_the_workers_own_line(tmp_path: Path) -> None:
     with ParserPool(str(tmp_path / "none"), 1) as pool, pytest.raises(UserError, match="no such file or folder"):
         pool.result(pool.submit(fields(1)))
@@ -89,7 +111,7 @@ def test_no_worker_outlives_a_parent_that_was_killed() -> None:
     assert len(workers) == 2
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
