@@ -93,8 +93,6 @@ def student_folder(config: RunConfig, teacher_dir: Path) -> Path:
     if source.path is not None:
         return resolve_model(source.path)
     output = config.run_dir / "student_init"
-    if output.is_dir():
-        return output
     if source.config is not None:
         if not source.config.exists():
             raise UserError(f"student.config: {source.config}: no such file")

@@ -1,11 +1,13 @@
 """Make the folder a student starts from, where it is not a trained model already: a cut of the teacher, or random.
 
-Every student is then loaded from a folder by the one strict, partitioned path, and the run keeps what it began with.
+Every student is then loaded from a folder by the one strict, partitioned path, and the run keeps what it began with. A
+folder says what it was made of, and is made again when that has changed.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -34,7 +36,8 @@ def every_kth(num_layers: int, k: int) -> tuple[int, ...]:
 def cut_layers(teacher: Path, layers: Sequence[int] | int, output: Path, trust_remote_code: bool = False) -> Path:
     """Write the model that has only the given ``layers`` (from 0, rising) of ``teacher``, with its tokenizer.
 
-    Streams file by file: at most one file of the teacher's weights is in memory.
+    Nothing is done where that is at ``output`` already. Streams file by file: at most one file of the teacher's weights
+    is in memory.
 
     Raises:
         UserError: a layer that does not exist, or a teacher without safetensors.
@@ -50,6 +53,9 @@ def cut_layers(teacher: Path, layers: Sequence[int] | int, output: Path, trust_r
     files = sorted(teacher.glob("*.safetensors"))
     if not files:
         raise UserError(f"{teacher}: cutting layers needs weights in safetensors; save_pretrained writes them")
+    recipe = _recipe(teacher, layers=kept)
+    if _is_made_by(recipe, output):
+        return output
     pattern = _layer_pattern(config)
     renumbered = {old: new for new, old in enumerate(kept)}
 
@@ -71,19 +77,27 @@ def cut_layers(teacher: Path, layers: Sequence[int] | int, output: Path, trust_r
         _write_index(folder, weight_map)
         cut_config(config, kept).save_pretrained(folder)
         copy_tokenizer(teacher, folder)
+        (folder / _RECIPE).write_text(recipe, encoding="utf-8")
     return output
 
 
 def random_student(config_path: Path, seed: int, tokenizer_from: Path, output: Path) -> Path:
-    """Write a model with random weights (float32, ``seed``) by a config.json, with the teacher's tokenizer."""
+    """Write a model with random weights (float32, ``seed``) by a config.json, with the teacher's tokenizer.
+
+    Nothing is done where that is at ``output`` already.
+    """
     folder = config_path.parent if config_path.name == "config.json" else config_path
     config = load_config(folder)
+    recipe = _recipe(tokenizer_from, config=config.to_dict(), seed=seed)
+    if _is_made_by(recipe, output):
+        return output
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with atomic_folder(output) as folder, quiet_transformers():
         model.save_pretrained(folder)
         copy_tokenizer(tokenizer_from, folder)
+        (folder / _RECIPE).write_text(recipe, encoding="utf-8")
     return output
 
 
@@ -95,6 +109,31 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 _METADATA = {"format": "pt"}
+_RECIPE = "made_of.json"
+_SAMPLES, _SAMPLE_BYTES = 64, 65_536  # of a file: all of a small one
+
+
+def _recipe(teacher: Path, **settings: Any) -> str:
+    """What a student is made of: the teacher's files by their content, sampled, for they may be of many GB."""
+    files = [
+        path for path in sorted(teacher.iterdir()) if path.suffix == ".safetensors" or path.name in TOKENIZER_FILES
+    ]
+    return json.dumps({"files": {path.name: _sampled_hash(path) for path in files}} | settings, indent=1, default=str)
+
+
+def _sampled_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for sample in range(_SAMPLES):
+            file.seek(sample * size // _SAMPLES)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _is_made_by(recipe: str, folder: Path) -> bool:
+    path = folder / _RECIPE
+    return path.is_file() and path.read_text(encoding="utf-8") == recipe
 
 
 def _layer_pattern(config: PretrainedConfig) -> re.Pattern[str]:

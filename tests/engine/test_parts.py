@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import weights_of
-from support import run_command, write_config
+from safetensors.torch import load_file
+from support import broken_teacher, run_command, write_config
 from torch import nn
 
 from mta_ds.config import load
@@ -242,3 +243,29 @@ def test_student_from_a_config_or_from_the_teachers_layers(pair: Path, tmp_path:
         before = (folder / "model.safetensors").stat().st_mtime_ns
         student_folder(config, pair / "teacher")
         assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("source", "other"),
+    [
+        ({"teacher_layers": 2}, {"teacher_layers": 3}),
+        ({"teacher_layers": [0, 1, 5]}, {"teacher_layers": [0, 2, 5]}),
+        ({"config": "student"}, {"config": "teacher"}),
+        ({"config": "student"}, {"config": "student", "seed": 1}),
+    ],
+)
+def test_a_student_of_other_layers_config_or_seed_is_made_anew(pair: Path, tmp_path: Path, source, other) -> None:
+    kept = []
+    for given in (source, other):
+        where = {"config": str(pair / given["config"] / "config.json")} if "config" in given else given
+        config = load(write_config(pair, tmp_path, student=where, train__seed=given.get("seed", 0)), RunConfig)
+        kept.append(load_file(student_folder(config, pair / "teacher") / "model.safetensors"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert len(kept[0]) != len(kept[1]) or not torch.equal(kept[0][name], kept[1][name])
+
+
+def test_a_student_of_another_teacher_is_made_anew(pair: Path, tmp_path: Path) -> None:
+    config = load(write_config(pair, tmp_path, student={"teacher_layers": 1}), RunConfig)
+    student_folder(config, pair / "teacher")
+    folder = student_folder(config, broken_teacher(pair, tmp_path / "other"))
+    assert load_file(folder / "model.safetensors")["model.layers.4.mlp.down_proj.weight"].isnan().any()
