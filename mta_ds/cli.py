@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,8 @@ def train(config: ConfigArgument, overrides: Overrides = None, nproc: NumRanks =
     """Distil the student; resumes the run folder's newest valid checkpoint."""
     if nproc is not None:
         _launch("train", config, overrides, nproc)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run itself listens there is nothing to save
+        signal.signal(number, lambda *_: os._exit(75))
     from mta_ds.config import load
     from mta_ds.engine import RunConfig, shutdown
     from mta_ds.engine import train as run
