@@ -4,7 +4,8 @@
 
 Runs the configuration twice: undisturbed, and with a SIGKILL of a random rank, or of the launcher, at a random moment
 of its steps and saves (a save after each step), so many times. Then metrics.jsonl and the exported weights are compared
-byte for byte. Choose few steps: every round loads both models again.
+byte for byte; and after each kill every checkpoint with a COMMIT has to be whole. Choose few steps: every round loads
+both models again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from common import Row, bounded, report
 
+from mta_ds.engine.commit import Damage, check_whole, is_committed, step_folders
+
 
 def main() -> None:
     """Both runs, and the table."""
@@ -35,11 +38,20 @@ def main() -> None:
     calm, killed = (arguments.output.resolve() / name for name in ("calm", "killed"))
     run(arguments.config, calm, arguments.nproc).wait()
     randomness = random.Random(arguments.seed)
-    moments = [kill_once(arguments.config, killed, arguments.nproc, randomness) for _ in range(arguments.rounds)]
+    moments: list[str] = []
+    damaged: list[str] = []
+    unfinished = 0
+    for _ in range(arguments.rounds):
+        moments.append(kill_once(arguments.config, killed, arguments.nproc, randomness))
+        damaged += damaged_checkpoints(killed)
+        unfinished += any(not is_committed(folder) for folder in step_folders(killed / "checkpoints"))
+        print(f"round {len(moments)}: killed while in '{moments[-1]}'", file=sys.stderr, flush=True)
     code = run(arguments.config, killed, arguments.nproc).wait()
     rows = [
         Row("rounds", arguments.rounds, ""),
         *(Row(f"killed while in '{phase}'", moments.count(phase), "") for phase in sorted(set(moments))),
+        Row("kills that left an unfinished checkpoint", unfinished, ""),
+        bounded("checkpoints with COMMIT that are damaged", len(damaged), "<=", 0, unit=""),
         bounded("last exit code", code, "<=", 0, unit=""),
     ]
     for file in ("metrics.jsonl", "export/model.safetensors"):
@@ -81,6 +93,19 @@ def kill_once(config: Path, run_dir: Path, nproc: int, randomness: random.Random
     launcher.wait()
     time.sleep(2)  # ranks follow a killed launcher within a second or two
     return str(heartbeat(run_dir).get("phase", "start"))
+
+
+def damaged_checkpoints(run_dir: Path) -> list[str]:
+    """What is wrong with checkpoints that have a COMMIT: nothing, ever."""
+    found = []
+    for folder in step_folders(run_dir / "checkpoints"):
+        if is_committed(folder):
+            try:
+                check_whole(folder)
+            except Damage as damage:
+                found.append(f"{folder.name}: {damage}")
+                print(found[-1], file=sys.stderr)
+    return found
 
 
 def heartbeat(run_dir: Path) -> dict[str, object]:
