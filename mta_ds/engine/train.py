@@ -10,8 +10,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from mta_ds.engine import distributed, run_lock
 from mta_ds.engine.checkpoint import Checkpoints, load, remove_unfinished
 from mta_ds.engine.commit import Progress, find_newest
 from mta_ds.engine.config import RunConfig, TrainConfig
+from mta_ds.engine.diagnose import find_non_finite
 from mta_ds.engine.distiller import global_counts
 from mta_ds.engine.environment import describe_environment, describe_ranks, record_start
 from mta_ds.engine.export import export_student
@@ -87,7 +89,7 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
             metrics = train_step(run, step, batches, source)
         checkpoints.poll()
         if is_due(step, config.train.log_every, run.num_steps):
-            write_metrics(run, step, batches, source, metrics, (began - ready, time.perf_counter() - began), log)
+            write_metrics(run, step, source, metrics, (began - ready, time.perf_counter() - began), log)
         stopping = stop.agreed()
         saving = stopping or is_due(step, config.train.save_every, run.num_steps) or regenerates_next(run)
         if saving:
@@ -115,11 +117,17 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
     return finished
 
 
-def train_step(run: Run, step: int, batches: list[Batch], source: Source = Source.DATA) -> dict[str, Tensor]:
-    """One optimizer step over this rank's micro-batches.
+class StepMetrics(NamedTuple):
+    """What a step leaves to be logged."""
 
-    Returns:
-        This rank's share of every metric; their sum over ranks is the value of the whole step.
+    shares: dict[str, Tensor]
+    """This rank's share of every metric; their sum over ranks is the value of the whole step."""
+    tokens: int
+    """Of all ranks, without padding."""
+
+
+def train_step(run: Run, step: int, batches: list[Batch], source: Source = Source.DATA) -> StepMetrics:
+    """One optimizer step over this rank's micro-batches.
 
     Raises:
         UserError: a NaN or Inf, unless the run leaves such steps out; on every rank, and no weight has changed.
@@ -129,15 +137,18 @@ def train_step(run: Run, step: int, batches: list[Batch], source: Source = Sourc
     shares: dict[str, Tensor] = {}
     for batch, count in zip(batches, counts, strict=True):
         loss, metrics = run.engine(batch.to(distributed.device()), run.teacher, count)
+        loss = run.guard.watch(batch, loss, metrics)
         for name, value in metrics.items():
             shares[name] = shares.get(name, 0) + value
-        run.engine.backward(run.guard.watch(loss, shares) if batch is batches[-1] else loss)
+        if batch is batches[-1]:
+            loss = run.guard.watch_step(loss, shares["loss"], source)
+        run.engine.backward(loss)
         run.engine.step()
-    if not run.guard.judge(run.engine, step, batches, shares):
+    if not run.guard.judge(run.engine, step, partial(find_non_finite, run.engine, run.teacher, batches, counts)):
         run.method.after_step(step, shares, distributed.all_reduce_sum)
     if run.teacher is not None:
         run.teacher.release()
-    return shares
+    return StepMetrics(shares, counts[0].base.valid_tokens)
 
 
 def steps(run: Run, done: int, begin_epoch: Callable[[], bool]) -> Iterator[tuple[Source, list[Batch]]]:
@@ -282,9 +293,8 @@ def open_log(run: Run, step: int) -> MetricsLog | None:
 def write_metrics(
     run: Run,
     step: int,
-    batches: list[Batch],
     source: Source,
-    shares: dict[str, Tensor],
+    made: StepMetrics,
     seconds: tuple[float, float],
     log: MetricsLog | None,
 ) -> None:
@@ -293,9 +303,8 @@ def write_metrics(
     Args:
         seconds: that the step waited for its sequences (the loader; rollouts, the parser), and that it took then.
     """
-    tokens = distributed.sum_counts([sum(len(batch.valid) for batch in batches)])[0]
-    summed = distributed.all_reduce_sum(torch.stack([value.float() for value in shares.values()])).tolist()
-    totals = dict(zip(shares, summed, strict=True))
+    summed = distributed.all_reduce_sum(torch.stack([value.float() for value in made.shares.values()])).tolist()
+    totals = dict(zip(made.shares, summed, strict=True))
     if log is None:
         return
     metrics: dict[str, Any] = {"samples": run.loader.samples_consumed} | totals
@@ -310,7 +319,7 @@ def write_metrics(
     perf = {
         "seconds": took,
         "data_seconds": waited,
-        "tokens_per_second": tokens / (waited + took),
+        "tokens_per_second": made.tokens / (waited + took),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     log.write(step, metrics, perf)

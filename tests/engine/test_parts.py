@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import weights_of
 from safetensors.torch import load_file
 from support import broken_teacher, run_command, write_config
 from torch import nn
 
 from mta_ds.config import load
 from mta_ds.engine import RunConfig, TrainConfig, distributed
-from mta_ds.engine.health import StepGuard
 from mta_ds.engine.metrics import MetricsLog
 from mta_ds.engine.pair import student_folder
 from mta_ds.engine.setup import number_of_steps, switch_dropout_off
@@ -128,26 +126,6 @@ with StopWatch(None, 0.2):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75 and "train.stop_grace_seconds" in done.stderr
-
-
-def test_a_spike_is_left_out(make_engine) -> None:
-    guard, engine = StepGuard("stop", spike_factor=3.0), make_engine(3)
-
-    def step(seed: int, loss: float) -> bool:
-        output = engine(torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)))
-        shares = {"loss": torch.tensor(loss)}
-        engine.backward(guard.watch(output.square().mean(), shares))
-        engine.step()
-        return guard.judge(engine, seed, [], shares)
-
-    assert not any(step(seed, 1.0) for seed in range(16))
-    before = weights_of(engine)
-    assert step(16, 3.5) and guard.skipped == 1
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(engine).items())
-    assert not step(17, 2.5)
-    again = StepGuard("stop", spike_factor=3.0)
-    again.load_state(json.loads(json.dumps(guard.state())))
-    assert again.state() == guard.state()
 
 
 def test_ranks_from_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

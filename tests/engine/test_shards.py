@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_cases import train_step, weights_of
 
-from mta_ds.engine.health import StepGuard
+from mta_ds.engine.health import Found, StepGuard
 from mta_ds.engine.shards import (
     MOMENTS,
     WEIGHT,
@@ -122,7 +122,7 @@ def test_a_step_with_nan_or_inf_changes_nothing(make_engine, stage, dtype, bad) 
         train_step(each, 0)
     before = weights_of(engine)
     train_step(engine, 1, factor=bad)
-    assert engine.optimizer.overflow and StepGuard("skip", None).judge(engine, 1, [], {})
+    assert engine.optimizer.overflow and StepGuard("skip", None).judge(engine, 1, lambda: Found([], []))
     assert_same(weights_of(engine), before)
     assert own_shard(engine).steps == 1
     assert torch.equal(train_step(engine, 2), train_step(twin, 2))

@@ -159,7 +159,7 @@ def test_a_state_that_is_not_finite_is_named(pair: Path, tmp_path: Path) -> None
     path = write_config(pair, tmp_path / "run", teacher__path=str(teacher))
     done = run_command("train", path, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "step 1: NaN or Inf in the hidden state of layer 6 of the teacher, rank 0, records " in done.stderr
+    assert "step 1: NaN or Inf in the hidden state of layer 5 of the teacher, rank 0, records " in done.stderr
     assert "no weight was changed" in done.stderr
 
 
