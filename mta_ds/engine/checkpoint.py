@@ -38,9 +38,9 @@ from mta_ds.engine.random_state import (
     RandomState,
     random_state,
     restore_random_state,
-    seed_all,
     write_random_state,
 )
+from mta_ds.engine.setup import set_seed
 from mta_ds.engine.shards import Shard, ShardFiles, copy_of, own_shard, restore_shard, write_shard
 from mta_ds.errors import UserError
 from mta_ds.files import fsync_directory
@@ -217,7 +217,7 @@ def load(engine: Any, folder: Path, progress: Progress, seed: int) -> None:
     if distributed.world_size() == progress.world_size:
         restore_random_state(folder / _random_name(rank))
     else:
-        seed_all(seed + 1_000_003 * progress.step + rank)
+        set_seed((seed + 1_000_003 * progress.step + rank) % 2**32)
 
 
 def _begin(folder: Path, size: int, save_more: SaveMore | None) -> list[str]:

@@ -47,10 +47,3 @@ def restore_random_state(path: Path) -> None:
     np.random.set_state(others["numpy"])
     version, words, gauss = others["python"]
     random.setstate((version, tuple(words), gauss))
-
-
-def seed_all(seed: int) -> None:
-    """Seed all generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -129,8 +129,12 @@ class RunLock:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self._mine, file)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(self._mine, file)
+        except OSError:
+            self._path.unlink()
+            raise
         return True
 
     def _read(self) -> tuple[Owner, float]:
@@ -149,8 +153,6 @@ class RunLock:
     def _now(self) -> float:
         """The time by the clock that dates the lock."""
         with tempfile.TemporaryFile(dir=self._path.parent) as file:
-            file.write(b"now")
-            file.flush()
             return os.fstat(file.fileno()).st_mtime
 
     def _keep(self) -> None:

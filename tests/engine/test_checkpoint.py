@@ -20,7 +20,7 @@ from engine_cases import train_step, weights_of
 from mta_ds.engine import checkpoint, commit
 from mta_ds.engine.checkpoint import Checkpoints
 from mta_ds.engine.commit import Progress
-from mta_ds.engine.random_state import seed_all
+from mta_ds.engine.setup import set_seed
 from mta_ds.errors import UserError
 
 INPUTS = {"training records": "r", "weights of the teacher": "t"}
@@ -286,7 +286,7 @@ def test_it_is_committed_once_it_is_written(engine, tmp_path: Path, monkeypatch)
         ({"inputs": INPUTS | {"training records": "x"}}, "with other training records than there are now"),
         ({"inputs": {}}, "with other training records"),
         ({"inputs": INPUTS | {"spans": "s"}}, "with other spans than"),
-        ({"batch_size": 12}, "12 sequences a step, this run has 8; choose micro_batch_size x .* = 12"),
+        ({"batch_size": 12}, "12 sequences a step, this run has 8; choose micro_batch_size x .* = 12 on 1 rank"),
     ],
 )
 def test_one_of_another_run_is_an_error(engine, tmp_path: Path, changes: dict, words: str) -> None:
@@ -315,15 +315,20 @@ def draws() -> list[float]:
 def test_weights_and_random_state_come_back(make_engine, tmp_path: Path, stage: int) -> None:
     engine, other = make_engine(stage), make_engine(stage, seed=5)
     train_step(engine, 0)
-    seed_all(7)
+    set_seed(7)
     np.random.standard_normal()  # which leaves NumPy and Python with half of a pair
     random.gauss()
     save(engine, tmp_path, 1)
     expected = draws()
-    seed_all(8)
+    set_seed(8)
     found = find(tmp_path)
     assert found is not None
     checkpoint.load(other, *found, seed=3)
     assert draws() == expected
     for name, weight in weights_of(engine).items():
         assert torch.equal(weights_of(other)[name], weight)
+
+
+def test_ranks_that_cannot_have_the_same_batch_are_told_so() -> None:
+    assert commit._same_batch(8, 3) == "a number of ranks that divides 8, which 3 does not"
+    assert commit._same_batch(8, 2) == "micro_batch_size x gradient_accumulation_steps = 4 on 2 ranks"

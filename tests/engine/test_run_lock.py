@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from disk_cases import file_size_limit
 
 from mta_ds.engine import run_lock
 from mta_ds.engine.run_lock import RunLock, owner_of_this_process
@@ -125,10 +126,7 @@ def test_whoever_lost_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert holder(tmp_path / ".lock") == "other"
 
 
-def test_a_full_disk_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_lock.os, "open", full)
-    RunLock(tmp_path).take()
-    assert "No space left" in caplog.text
+def test_a_full_disk_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with file_size_limit(0):
+        RunLock(tmp_path).take()
+    assert "nothing keeps a second run from this folder" in caplog.text and not (tmp_path / ".lock").exists()
