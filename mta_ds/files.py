@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import logging
@@ -87,12 +88,24 @@ def atomic_folder(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``, with a name like it; it goes at the block's end, whatever happens."""
+    folder = _temporary(path)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _temporary(path: Path) -> Path:
-    """A hidden name beside ``path`` that is this process' alone; what dead processes of this host left goes first."""
-    prefix = f".{path.name}.{socket.gethostname()}-"
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+    """A hidden name beside ``path`` that is this process' alone; what dead processes of its kind left goes first."""
+    owner = _process_space()
+    prefix = f".{path.name}.{owner or socket.gethostname()}-"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*") if owner else ():
         pid = leftover.name.removeprefix(prefix).partition(".")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and process_start(int(pid)) is None:
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -100,8 +113,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{prefix}{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _is_alive(pid: int) -> bool:
-    return process_start(pid) is not None
+def _process_space() -> str | None:
+    """Names those processes whose numbers this one can look up: containers of one host, and hosts of one name, count
+    theirs apart. None where the system does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "")[:12]
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return None
 
 
 def process_start(pid: int) -> str | None:
@@ -128,6 +148,39 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def create_atomic(path: Path, content: str) -> bool:
+    """Write ``content`` to ``path`` whole, unless there is a file: of several writers at once exactly one does.
+
+    Returns:
+        Whether this one did.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        fsync_file(temporary)
+        _link(temporary, path)
+        fsync_directory(path.parent)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Raise FileExistsError where there is a file, as no rename does."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        # a file system without links: only a writer of the same instant goes unseen
+        if path.exists():
+            raise FileExistsError from None
+        os.replace(temporary, path)
 
 
 class Appender:

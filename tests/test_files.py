@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,17 @@ import pytest
 from disk_cases import file_size_limit
 
 from mta_ds import files
-from mta_ds.files import Appender, atomic_folder, atomic_path, belongs_to_shard, process_start, sha256, write_atomic
+from mta_ds.files import (
+    Appender,
+    atomic_folder,
+    atomic_path,
+    belongs_to_shard,
+    create_atomic,
+    process_start,
+    scratch_folder,
+    sha256,
+    write_atomic,
+)
 
 
 def test_write_replaces_whole(tmp_path: Path) -> None:
@@ -69,6 +80,42 @@ with atomic_path(Path({str(path)!r})) as temporary:
     assert not path.exists() and len(list(tmp_path.iterdir())) == 1
     write_atomic(path, "whole")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_owner_of_a_folder_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from mta_ds.files import scratch_folder
+with scratch_folder(Path({str(tmp_path / "merge")!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with scratch_folder(tmp_path / "merge") as folder:
+        assert list(tmp_path.iterdir()) == [folder] != [left]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_writer_in_another_container_has_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number means another process there, or none here."""
+    monkeypatch.setattr(files, "_process_space", lambda: "here-1")
+    monkeypatch.setattr(files, "process_start", lambda pid: None)
+    for space in ("here-2", "there-1", "here-1"):
+        (tmp_path / f".file.{space}-77.ab.tmp").write_text("half")
+    write_atomic(tmp_path / "file", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.here-2-77.ab.tmp", ".file.there-1-77.ab.tmp"}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_several_creators_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
+    def link(*_: Path) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    assert [create_atomic(tmp_path / "new" / "file", text) for text in ("one", "two")] == [True, False]
+    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["one"]
 
 
 def test_a_log_grows_by_whole_records(tmp_path: Path) -> None:
