@@ -1,6 +1,7 @@
 """What differs between two runs that make the same store: where its inputs stood, and how fast the records went.
 
-It lies in the store's folder ``log``; all other files of a store are the same bytes whenever and wherever made.
+It lies in the store's folder ``log``; all other files are the same bytes whenever they are made, with one set of
+packages on one type of CPU.
 
     log/inputs.json                  the inputs of the last run, paths from the root
     log/part-00000-of-00064.jsonl    records over time while that part was made

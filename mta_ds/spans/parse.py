@@ -7,10 +7,9 @@ merges: counts duplicates on disk and writes the manifest.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,27 @@ from pydantic import Field as Setting
 from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
 from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.spans.log import Progress, write_inputs
-from mta_ds.spans.merge import complete_part, merge, missing_parts, read_identity, reject_log
+from mta_ds.spans.identity import claim_store, fingerprint_inputs, read_identity
+from mta_ds.spans.log import Progress, read_inputs, write_inputs
+from mta_ds.spans.merge import complete_part, merge, missing_parts, reject_log
 from mta_ds.spans.parser import BF16, best_device, load_parser
 from mta_ds.spans.pool import Parsing, open_pool, share_memory_pool
-from mta_ds.spans.records import Record, Reject, local_files, read_records
+from mta_ds.spans.records import Record, Reject, may_follow, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
 from mta_ds.spans.segment import SEGMENTATION
-from mta_ds.spans.store import ROWS_PER_GROUP, SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, part_name
+from mta_ds.spans.store import (
+    MAX_RECORD_BYTES,
+    PARSER_KEY,
+    ROWS_PER_GROUP,
+    SCHEMA,
+    SCHEMA_VERSION,
+    Counts,
+    Identity,
+    Manifest,
+    ParserInfo,
+    Part,
+    part_name,
+)
 
 # Words that are held until they are written: bounds memory whatever the texts' length.
 _WORDS_PER_GROUP = 50_000
@@ -48,6 +60,8 @@ class ParseConfig(Section):
     num_shards: int = Setting(default=1, ge=1)
     max_reject_share: float = Setting(default=0.0, ge=0, le=1)
     """Share of bad rows above which the stage fails."""
+    max_record_bytes: int = Setting(default=MAX_RECORD_BYTES, ge=1)
+    """A longer record is a bad row."""
     workers: int | None = Setting(default=None, ge=1)
     """Processes that parse, one core each; as many as there are cores unless given. The store's bytes are the same."""
 
@@ -93,9 +107,16 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
         raise UserError(f"parser: {BF16} this CPU multiplies bf16 over a hundred times slower than fp32; leave it out")
     parser = load_parser(config.parser, device)
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
-    fingerprint = _fingerprint_inputs(config.inputs)
+    identity = Identity(
+        schema_version=SCHEMA_VERSION,
+        segmentation=SEGMENTATION,
+        parser=info,
+        num_shards=config.num_shards,
+        inputs=fingerprint_inputs(config.inputs),
+        max_record_bytes=config.max_record_bytes,
+    )
     try:
-        _claim_store(config, info, fingerprint)
+        claim_store(config.output, identity)
         write_inputs(config.output, config.inputs)
     except OSError as error:
         raise UserError(f"{config.output}: cannot write the span store: {error.strerror or error}") from None
@@ -111,81 +132,63 @@ def merge_only(config: ParseConfig) -> Manifest:
     """Write the manifest of a store whose parts are all there, without a parser.
 
     Raises:
-        UserError: there is no store, parts are missing, one is damaged, or too many rows are bad.
+        UserError: there is no store, it was made of other inputs, parts are missing, one is damaged, or too many rows
+            are bad.
     """
-    num_shards = read_identity(config.output)["num_shards"]
-    manifest = merge(config.output, config.inputs, num_shards, config.max_reject_share)
+    identity = read_identity(config.output)
+    if fingerprint_inputs(config.inputs) != identity.inputs:
+        raise UserError(f"{', '.join(config.inputs)}: not what {config.output} was parsed from, or no more as it was")
+    manifest = merge(config.output, config.inputs, identity.num_shards, config.max_reject_share)
     if manifest is None:
         raise UserError(f"{config.output}: {missing_parts(config.output)}; nothing to merge yet")
     return manifest
 
 
+def recorded_inputs(output: Path) -> list[str]:
+    """The inputs that a store was parsed from, as its last task found them.
+
+    Raises:
+        UserError: the store does not say.
+    """
+    read_identity(output)
+    if not (inputs := read_inputs(output)):
+        raise UserError(f"{output}: its log does not say what it was parsed from; name that with --input")
+    return inputs
+
+
 def _refuse_output_in_input(config: ParseConfig) -> None:
     for source in config.inputs:
-        if Path(source).is_dir() and config.output.resolve().is_relative_to(Path(source).resolve()):
+        if os.path.isdir(source) and config.output.resolve().is_relative_to(Path(source).resolve()):
             raise UsageError(f"{config.output}: lies in the input folder {source}, and would be read as records")
-
-
-def _claim_store(config: ParseConfig, parser: ParserInfo, inputs: str) -> None:
-    """Write down what the store is made of, or check that it is the same as before."""
-    identity = {
-        "schema_version": SCHEMA_VERSION,
-        "segmentation": SEGMENTATION,
-        "parser": parser.model_dump(),
-        "num_shards": config.num_shards,
-        "inputs": inputs,
-    }
-    path = config.output / "store.json"
-    if not path.is_file():
-        write_atomic(path, json.dumps(identity, indent=1) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = {
-            f"schema {before['schema_version']}": before["schema_version"] != SCHEMA_VERSION,
-            "other rules for sentences": before.get("segmentation") != SEGMENTATION,
-            f"{before['num_shards']} shards": before["num_shards"] != config.num_shards,
-            "other inputs": before["inputs"] != identity["inputs"],
-            f"another parser ('{before['parser']['name']}', this is '{parser.name}')": before["parser"]["fingerprint"]
-            != parser.fingerprint,
-        }
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged; remove the folder and parse again") from None
-    for what, differs in other.items():
-        if differs:
-            raise UserError(f"{config.output}: already holds a store of {what}; choose another output or remove it")
-
-
-def _fingerprint_inputs(inputs: Iterable[str]) -> str:
-    """Names and content of the input files, in order: what decides which record is in which part.
-
-    Every task reads all of its input anyway; hashing costs less than that.
-    """
-    seen: list[list[str]] = []
-    for source in inputs:
-        seen.append([f"{file.name}:{sha256(file)}" for file in local_files(source)] or [source])
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: int) -> None:
     name = part_name(index, config.num_shards)
     path = config.output / f"{name}.parquet"
-    metadata = {"mta_ds.schema_version": str(SCHEMA_VERSION), "mta_ds.parser": info.model_dump_json()}
+    metadata = {"mta_ds.schema_version": str(SCHEMA_VERSION), PARSER_KEY: info.model_dump_json()}
     schema = SCHEMA.with_metadata(metadata)
-    tally: Counter[str] = Counter()
+    tally, starts = Counter[str](), list[int]()
     progress = Progress(config.output, index, config.num_shards)
-    records = read_records(config.inputs, num_shards=config.num_shards, shard_index=index)
+    records = read_records(
+        config.inputs, num_shards=config.num_shards, shard_index=index, max_bytes=config.max_record_bytes
+    )
     try:
         with (
             reject_log(config.output / f"rejects-{name.removeprefix('part-')}.jsonl") as reject,
             atomic_path(path) as temporary,
             pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
-            parsed = pool.map(batches(_fields(progress.read(records), reject, tally)))
+            parsed = pool.map(batches(_fields(progress.read(records), reject, tally, starts)))
             for table in _row_groups(progress.done(parsed), tally):
                 writer.write_table(table.replace_schema_metadata(metadata))
         progress.write()
-        part = Part(file=path.name, rows=tally["fields"], sha256=sha256(path), counts=Counts(**tally))
+        part = Part(
+            file=path.name,
+            rows=tally["fields"],
+            sha256=sha256(path),
+            counts=Counts(**tally),
+            record_starts=tuple(starts),
+        )
         write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
@@ -194,14 +197,20 @@ def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: in
 
 
 def _fields(
-    records: Iterator[Record | Reject], reject: Callable[[Reject], None], tally: Counter[str]
+    records: Iterator[Record | Reject], reject: Callable[[Reject], None], tally: Counter[str], starts: list[int]
 ) -> Iterator[Field]:
+    """The records' fields, a row each; ``starts`` gets the rows that begin a record which their names do not tell."""
+    row, before, last = 0, "", ""
     for record in records:
         if isinstance(record, Reject):
             tally["rejects"] += 1
             reject(record)
             continue
         tally["records"] += 1
+        names = list(record.fields)
+        if record.id == before and may_follow(last, names[0]):
+            starts.append(row)
+        row, before, last = row + len(names), record.id, names[-1]
         yield from (Field(record.id, name, text) for name, text in record.fields.items())
 
 

@@ -35,6 +35,10 @@ from mta_ds.files import atomic_folder, sha256
 from mta_ds.spans.records import text_hash as hash_text
 
 SCHEMA_VERSION = 1
+MAX_RECORD_BYTES = 4 << 20
+"""Of a record, unless a run says otherwise."""
+PARSER_KEY = b"mta_ds.parser"
+"""In a part's metadata: which parser made it."""
 ROWS_PER_GROUP = 4096
 
 SCHEMA = pa.schema(
@@ -99,10 +103,12 @@ class Part(Section):
     rows: int
     sha256: str
     counts: Counts
+    record_starts: tuple[int, ...] = ()
+    """Rows that begin a record where the row before, of the same id, could belong to it as well."""
 
 
-class Manifest(Section):
-    """A complete store."""
+class Identity(Section):
+    """What a store is made of."""
 
     schema_version: int
     segmentation: int
@@ -111,6 +117,13 @@ class Manifest(Section):
     num_shards: int
     inputs: str
     """Fingerprint of the inputs' names and content."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """Longer records were rejected."""
+
+
+class Manifest(Identity):
+    """A complete store."""
+
     parts: tuple[Part, ...]
     counts: Counts
 
@@ -217,7 +230,11 @@ class SpanStore:
             check_part(path, part, full=verify or fresh)
         if fresh:
             _build_cache(path, manifest, cache)
-        return cls(path, manifest, cache)
+        try:
+            return cls(path, manifest, cache)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{cache}: the span store's index is damaged ({reason}); remove this folder") from None
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import sqlite3
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from span_cases import RightBranching, start_parse, start_until_rename
+from span_cases import PROCESSES, RightBranching, start_parse, start_until_rename
 
 from mta_ds.errors import UsageError, UserError
+from mta_ds.spans import merge as merging
 from mta_ds.spans import parse as module
 from mta_ds.spans import rows as rows_module
 from mta_ds.spans.log import read_paces
-from mta_ds.spans.parse import ParseConfig, parse, resolve_config
+from mta_ds.spans.parse import ParseConfig, merge_only, parse, recorded_inputs, resolve_config
 from mta_ds.spans.parser import BUNDLED
+from mta_ds.spans.records import read_records
 from mta_ds.spans.store import Manifest, SpanStore
 
 HOSTILE = [
@@ -203,6 +207,117 @@ def test_equal_duplicates_are_one_record(tmp_path: Path, parser: RightBranching)
     assert not list((tmp_path / "s").glob("rejects-*"))
 
 
+def test_a_record_apart_by_fields_alone_is_a_duplicate_all_the_same(tmp_path: Path, parser: RightBranching) -> None:
+    halves = [{"id": "a", "instruction": "Go."}, {"id": "a", "instruction": "", "output": "Yes."}]
+    source = write(tmp_path / "a.jsonl", [{"id": "b", "text": "One."}, *halves])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:3: duplicate id with other content; 1 of 3 rows are bad \(1 duplicate"
+    ):
+        parse(config)
+    assert json.loads((tmp_path / "s" / "part-00000-of-00001.json").read_text())["record_starts"] == [2]
+
+
+def test_over_long_records_are_bad_rows(tmp_path: Path, parser: RightBranching) -> None:
+    source = write(tmp_path / "a.jsonl", [*records(2), {"text": "long " * 100}])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", max_record_bytes=200)
+    with pytest.raises(UserError, match=r"a\.jsonl:3: over-long record: more than 200 bytes.*\(1 over-long record;"):
+        parse(config)
+    with pytest.raises(UserError, match="already holds a store of records up to 200 bytes"):
+        parse(config.model_copy(update={"max_record_bytes": 300}))
+
+
+def test_merging_again_finds_that_it_is_done(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", [*records(4), "bad\n"])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", max_reject_share=0.5)
+    manifest = parse(config)
+    monkeypatch.setattr(merging, "_merge_counts", None)
+    assert merge_only(config) == manifest
+    with pytest.raises(UserError, match="1 of 5 rows are bad"):
+        merge_only(config.model_copy(update={"max_reject_share": 0.1}))
+
+
+def test_a_merge_without_room_is_one_clear_line(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(_: Path) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(UserError, match="s: cannot merge the parts: database or disk is full"):
+        parse(ParseConfig(inputs=(write(tmp_path / "a.jsonl", records(2)),), output=tmp_path / "s"))
+    assert not list((tmp_path / "s").glob(".*"))
+
+
+def test_a_merge_takes_the_inputs_of_the_store_and_no_others(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conflict = [{"id": "r1", "text": "Other."}]
+    source = write(tmp_path / "a.jsonl", [*records(4), *conflict])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s")
+    with pytest.raises(UserError, match="duplicate id"):
+        parse(config)
+    monkeypatch.chdir(tmp_path / "s")
+    assert recorded_inputs(config.output) == [source]
+    other = write(tmp_path / "b.jsonl", records(4))
+    with pytest.raises(UserError, match=r"b\.jsonl: not what .*s was parsed from"):
+        merge_only(config.model_copy(update={"inputs": (other,)}))
+    monkeypatch.setattr(merging, "read_records", lambda inputs, max_bytes: read_records([other]))
+    with pytest.raises(UserError, match=r"changed since .*s was parsed from it"):
+        merge_only(config.model_copy(update={"max_reject_share": 1.0}))
+
+
+def test_parts_of_two_parsers_are_not_merged(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of two tasks that began one store at the same moment where no link can be made."""
+    source = write(tmp_path / "a.jsonl", records(4))
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2)
+    parse(config, 0)
+    monkeypatch.setattr(module, "load_parser", lambda spec, device: RightBranching("other"))
+    other = config.model_copy(update={"output": tmp_path / "other"})
+    parse(other, 1)
+    for path in other.output.glob("part-*"):
+        path.rename(config.output / path.name)
+    with pytest.raises(UserError, match=r"part-00001-of-00002\.parquet: made by another parser"):
+        merge_only(config)
+
+
+def test_a_data_set_that_is_not_there_claims_no_store(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("no such data set on the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(UserError, match="mistyped: no such file, folder or data set"):
+        parse(ParseConfig(inputs=("mistyped",), output=tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_damaged_store_json_is_one_clear_line(tmp_path: Path, parser: RightBranching) -> None:
+    config = ParseConfig(inputs=(write(tmp_path / "a.jsonl", records(2)),), output=tmp_path / "s")
+    parse(config)
+    for text in ("{}", '{"schema_version": 1, "num_shards": 1}', "[" * 100_000, "[1]"):
+        (config.output / "store.json").write_text(text)
+        for task in (parse, merge_only):
+            with pytest.raises(UserError, match=r"store\.json: damaged"):
+                task(config)
+
+
+def test_status_tells_every_damaged_part(tmp_path: Path, parser: RightBranching) -> None:
+    config = ParseConfig(inputs=(write(tmp_path / "a.jsonl", records(4)),), output=tmp_path / "s", num_shards=4)
+    parse(config)
+    (config.output / "part-00003-of-00004.parquet").unlink()
+    for index in (0, 2):
+        (config.output / f"part-0000{index}-of-00004.parquet").write_text("damaged")
+    told = merging.status(config.output).splitlines()
+    assert told[0] == "1 of 4 parts are missing: 3" and told[-1].startswith("so far 1 records")
+    assert [line.partition(": ")[0][-16:-8] for line in told[1:3]] == ["of-00004"] * 2
+
+
 def test_no_records_is_an_error(tmp_path: Path, parser: RightBranching) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: no records"):
         parse(ParseConfig(inputs=(write(tmp_path / "a.jsonl", []),), output=tmp_path / "s"))
@@ -252,6 +367,26 @@ def test_killed_twenty_times_at_random_moments_then_resumed_gives_the_same_bytes
     parse(config)
     assert parts(tmp_path / "s") == parts(tmp_path / "whole")
     assert [pace.records[-1] for pace in read_paces(tmp_path / "s", 3)] == [11, 10, 10]
+
+
+def test_killed_while_several_workers_parse_then_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Each round ends as soon as another part is there: in the next one, in whatever the workers do by then."""
+    rows = [{"id": f"r{i}", "text": f"Here is number {i}, or more. " * 120} for i in range(120)]
+    source = write(tmp_path / "a.jsonl", rows)
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=3, parser="none", workers=2)
+    for index in range(2):
+        child = PROCESSES.Process(target=parse, args=(config,))
+        child.start()
+        while not (config.output / f"part-{index:05d}-of-00003.json").is_file():
+            assert child.exitcode is None
+            time.sleep(0.01)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    parse(config)
+    whole = config.model_copy(update={"output": tmp_path / "whole", "workers": 1})
+    parse(whole)
+    assert parts(config.output) == parts(whole.output)
 
 
 @pytest.mark.parametrize("before", [True, False])

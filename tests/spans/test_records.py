@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mta_ds.errors import UserError
+from mta_ds.spans import sources
 from mta_ds.spans.records import Record, Reject, input_files, may_follow, parse_row, read_records
 
 
@@ -99,7 +101,7 @@ def test_id_is_given_or_of_the_content() -> None:
         ({"prompt": "a", "response": ["b", 1]}, "response: want a string or a list of strings"),
         ({"messages": []}, "messages: want a non-empty list"),
         ({"messages": [{"content": "a"}]}, "messages[0]: want an object with role and content"),
-        ({"messages": [{"role": "user"}]}, "missing field: content"),
+        ({"messages": [{"role": "user"}]}, "missing field: messages[0].content"),
         ({"id": 1.5, "text": "a"}, "id: want a string or a whole number"),
         ({"id": "\ud800", "text": "a"}, "id: invalid Unicode"),
         ({"text": "a\udfffb"}, "text: invalid Unicode"),
@@ -236,3 +238,71 @@ def test_responses_that_a_limit_cut_off_are_told() -> None:
     assert record(pair | {"ended": {"chosen": True, "rejected": False}}).unfinished == {"rejected"}
     assert record(pair | {"ended": False}).unfinished == {"chosen", "rejected"}
     assert not record(pair).unfinished and record(pair).id == record(pair | {"ended": False}).id
+
+
+def test_over_long_records_are_rejected_and_the_next_ones_read(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b" * 3_000_000}, {"text": "c" * 980}, {"text": "d" * 1000}]
+    source = lines(tmp_path / "a.jsonl", *rows)
+    pq.write_table(pa.Table.from_pylist([*rows[:3], {"text": "d" * 1001}]), tmp_path / "b.parquet")
+    for path in (source, str(tmp_path / "b.parquet")):
+        found = list(read_records([path], max_bytes=1000))
+        assert [f.where for f in found] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
+        assert [isinstance(f, Record) for f in found] == [True, False, True, False]
+        assert {(f.kind, f.reason[:16]) for f in found if isinstance(f, Reject)} == {("over-long record",) * 2}
+        assert all(isinstance(f, Record) for f in read_records([path]))
+        shards = [list(read_records([path], num_shards=2, shard_index=i, max_bytes=1000)) for i in range(2)]
+        assert [f.where for f in shards[1]] == [f"{path}:{n}" for n in (2, 4)]
+
+
+def test_a_line_of_the_longest_length_without_an_end_is_a_record(tmp_path: Path) -> None:
+    line = json.dumps({"text": "a"})
+    (tmp_path / "a.jsonl").write_text(line)
+    for limit, kind in ((len(line), Record), (len(line) - 1, Reject)):
+        assert [type(f) for f in read_records([str(tmp_path / "a.jsonl")], max_bytes=limit)] == [kind]
+
+
+def test_one_bad_value_of_parquet_is_one_bad_row(tmp_path: Path) -> None:
+    texts = pa.array([b"good", b"\xff\xfe bad", b"fine"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    first, second, third = read_records([str(tmp_path / "a.parquet")])
+    assert isinstance(first, Record) and isinstance(third, Record)
+    assert isinstance(second, Reject) and second.kind == "invalid UTF-8" and second.where.endswith(":2")
+
+
+def test_reasons_of_one_kind_have_one_name() -> None:
+    content = [{"role": "user", "content": "u"}, {"role": "assistant", "content": 3}]
+    assert reject({"messages": content})[1:] == ("messages[1].content: want a string, got int", None, "wrong type")
+    assert reject({"text": 3}).kind == "wrong type" and reject({"x": 3}).kind == "missing field"
+    many = reject({f"key {i}" + "y" * 100: 1 for i in range(100)}).reason
+    assert len(many) < 500 and many.endswith(", ...")
+
+
+def test_an_array_of_records_is_told_what_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[\n{"text": "a"},\n')
+    (tmp_path / "b.json").write_text('[{"text": "a"}]')
+    for name in "ab":
+        first, *_ = read_records([str(tmp_path / f"{name}.json")])
+        assert isinstance(first, Reject) and "one object" in first.reason
+
+
+def test_a_glob_descends_into_the_folders_it_matches_once(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    lines(tmp_path / "in" / "deep" / "a.jsonl", {"text": "a"})
+    assert len(input_files(str(tmp_path / "i*"))) == len(input_files(str(tmp_path / "**"))) == 1
+
+
+def test_names_that_are_too_long_are_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        input_files(str(tmp_path / ("x" * 300)))
+    assert input_files("x" * 300) == []
+
+
+def test_a_data_set_that_breaks_off_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise ConnectionError("gone\nfor good")
+
+    monkeypatch.setattr(sources, "open_dataset", lambda source: rows())
+    with pytest.raises(UserError, match=r"some-name: cannot read on: gone$"):
+        list(read_records(["some-name"]))

@@ -117,6 +117,20 @@ def test_damaged_part_is_named(path: Path) -> None:
         SpanStore.open(path, verify=True)
 
 
+@pytest.mark.parametrize("name", ["rows.arrow", "keys.npy", "rows.npy", "names.json"])
+def test_a_damaged_index_is_one_clear_error(path: Path, name: str) -> None:
+    SpanStore.open(path)
+    (cache,) = path.glob("cache-*")
+    whole = (cache / name).read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+        (cache / name).write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"cache-\w+: the span store's index is damaged .*remove this folder"
+        ) as error:
+            SpanStore.open(path)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"schema_version": 1}'])
 def test_damaged_manifest_is_one_clear_error(path: Path, content: bytes) -> None:
     (path / "manifest.json").write_bytes(content)
