@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from mta_ds.cli_slurm import app as slurm_app
-from mta_ds.errors import UsageError, UserError
+from mta_ds.errors import UsageError, UserError, error_line
 from mta_ds.launch.local import follow_parent, launch
 
 app = typer.Typer(
@@ -50,9 +50,9 @@ def main() -> None:
     except UserError as error:
         # what every rank meets is told by rank 0; what only this one met, nobody else can tell
         if rank == "0":
-            print(f"mta-ds: error: {error}", file=sys.stderr)
+            print(f"mta-ds: error: {error_line(error)}", file=sys.stderr)
         elif not error.on_every_rank:
-            print(f"mta-ds: error: rank {rank}: {error}", file=sys.stderr)
+            print(f"mta-ds: error: rank {rank}: {error_line(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -101,7 +101,7 @@ def parse(
 ) -> None:
     """Parse every text field once into a span store; a rerun makes only the parts that are missing."""
     from mta_ds.spans.merge import status as store_status
-    from mta_ds.spans.parse import merge_only, resolve_config
+    from mta_ds.spans.parse import merge_only, recorded_inputs, resolve_config
     from mta_ds.spans.parse import parse as run
 
     options = {
@@ -115,6 +115,8 @@ def parse(
     if status and config is None and output is not None:
         print(store_status(output))
         return
+    if merge and config is None and output is not None and not inputs:
+        options["inputs"] = recorded_inputs(output)
     resolved = resolve_config(config, overrides or (), options)
     if status:
         print(store_status(resolved.output))

@@ -19,3 +19,23 @@ class UsageError(UserError):
 
     exit_code = 2
     on_every_rank = True
+
+
+_LONGEST = 2000
+_CONTROLS = dict.fromkeys(
+    [*range(32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)], "\ufffd"
+)
+
+
+def printable(text: str) -> str:
+    """The text as one line of a terminal: what that would obey, or reorder, becomes a replacement character.
+
+    Messages and texts have words of strangers' files in them.
+    """
+    return " ".join(text.splitlines()).translate(_CONTROLS)
+
+
+def error_line(error: UserError) -> str:
+    """What is told of an error: one line, of bounded length."""
+    line = printable(str(error))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 
 from mta_ds.data import Manifest, Record, SpanStore, UnitConfig, choose, input_files, read_inputs, read_records
-from mta_ds.errors import UserError
+from mta_ds.errors import UserError, printable
 from mta_ds.evaluation.page import render_page
 from mta_ds.evaluation.tree import Node, ParsedExample, sentence_nodes, trees
 from mta_ds.evaluation.weights import RecordWeights, Token
@@ -25,8 +25,6 @@ from mta_ds.files import write_atomic
 
 _TOP_TOKENS = 10
 _LEAST_SIMILAR = 0.5
-# What a terminal would obey rather than show.
-_CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 8237, 8238], "�")
 
 
 class InspectedField(NamedTuple):
@@ -86,7 +84,7 @@ def describe(inspection: Inspection, weights: RecordWeights | None = None) -> st
             lines += _describe_sentence(example, number, first, last)
     if weights is not None:
         lines += _describe_weights(weights)
-    return "\n".join(line.translate(_CONTROLS).rstrip() for line in lines).rstrip()
+    return "\n".join(printable(line).rstrip() for line in lines).rstrip()
 
 
 def write_page(path: Path, inspection: Inspection, weights: RecordWeights | None = None) -> Path:

@@ -20,7 +20,7 @@ from mta_ds.evaluation.weights import RecordWeights, Token, record_weights
 from mta_ds.spans.parse import ParseConfig, parse
 
 RECORD = "demo-train-000"
-HOSTILE = "</p></svg><script>alert(1)</script>\x00\x1b[31m\u202e{{ 7*7 }} & \"quoted\" 'too' 😀"
+HOSTILE = "</p></svg><script>alert(1)</script>\x00\x1b[31m\u202e\u2067{{ 7*7 }} & \"quoted\" 'too' 😀"
 
 
 class Page(HTMLParser):
@@ -158,7 +158,7 @@ def test_hostile_text_becomes_neither_markup_nor_terminal_commands(tmp_path):
     assert "\x00" not in page.words and "\x1b" not in page.words
     shown = describe(inspection, weights)
     assert "<script>alert(1)</script>" in shown
-    assert not set(shown) & {"\x00", "\x1b", "\u202e"}
+    assert not set(shown) & {"\x00", "\x1b", "\u202e", "\u2067"}
 
 
 def test_an_unknown_record_names_the_nearest(pair):
