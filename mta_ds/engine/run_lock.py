@@ -1,4 +1,4 @@
-"""One process writes a run folder: rank 0 holds ``run_dir/.lock`` while it lives; a second run is refused.
+"""One process writes a run folder: rank 0 holds ``run_dir/.lock`` while it trains; a second run is refused.
 
 A batch system may start a job again while the old one, cut off from it, still trains. The lock says whose it is, and
 its holder touches it every few seconds. It is taken over
@@ -11,7 +11,6 @@ Who finds the lock taken over ends at once. A lock that cannot be written (a ful
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
@@ -22,7 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mta_ds.engine import distributed
@@ -38,13 +37,19 @@ _PATIENCE_SECONDS = 10.0  # ranks of a killed launcher need some to end
 Owner = dict[str, str | int]
 
 
-def hold(run_dir: Path) -> None:
-    """Take the run folder for as long as this process lives; every rank must call it.
+@contextlib.contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Have the run folder for a while; every rank must call it.
 
     Raises:
         UserError: another run has it; on every rank.
     """
-    distributed.on_rank_zero_first(lambda: RunLock(run_dir).take() if distributed.rank() == 0 else None)
+    lock = RunLock(run_dir)
+    distributed.on_rank_zero_first(lambda: lock.take() if distributed.rank() == 0 else None)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def owner_of_this_process(environment: Mapping[str, str]) -> Owner:
@@ -91,7 +96,6 @@ class RunLock:
         except OSError as error:
             logger.warning("%s: %s; nothing keeps a second run from this folder", self._path, error)
             return
-        atexit.register(self.release)
         threading.Thread(target=self._keep, daemon=True).start()
 
     def release(self) -> None:
@@ -144,11 +148,12 @@ class RunLock:
         """
         with open(self._path, "rb") as file:
             touched = os.fstat(file.fileno()).st_mtime
-            try:
-                owner: Owner = json.loads(file.read())
-            except ValueError:
-                owner = {}
-        return owner, touched
+            content = file.read()
+        with contextlib.suppress(ValueError):
+            owner = json.loads(content)
+            if isinstance(owner, dict) and owner.keys() == self._mine.keys():
+                return owner, touched
+        return {}, touched
 
     def _now(self) -> float:
         """The time by the clock that dates the lock."""

@@ -49,19 +49,19 @@ def train(config: RunConfig) -> bool:
     """
     with StopWatch(config.train.max_minutes, config.train.stop_grace_seconds) as stop:
         try:
-            return train_until(config, stop)
+            distributed.initialise()
+            with run_lock.hold(config.run_dir):
+                return train_until(config, stop)
         except Stopped:
             return False
 
 
 def train_until(config: RunConfig, stop: StopWatch) -> bool:
-    """:func:`train`, with signals noted by ``stop``.
+    """:func:`train`, in a folder that no other run writes, with signals noted by ``stop``.
 
     Raises:
         Stopped: one came before the first step.
     """
-    distributed.initialise()
-    run_lock.hold(config.run_dir)
     heartbeat = Heartbeat(config.run_dir)
     heartbeat.beat(0, "load")
     run = prepare(config, stop.check)

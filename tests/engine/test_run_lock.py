@@ -15,7 +15,7 @@ import pytest
 from disk_cases import file_size_limit
 
 from mta_ds.engine import run_lock
-from mta_ds.engine.run_lock import RunLock, owner_of_this_process
+from mta_ds.engine.run_lock import RunLock, hold, owner_of_this_process
 from mta_ds.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -60,6 +60,15 @@ def test_it_is_held_and_released(tmp_path: Path) -> None:
     RunLock(tmp_path).take()
 
 
+def test_one_process_may_train_again_in_a_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        with hold(tmp_path):
+            assert holder(tmp_path / ".lock")
+    with pytest.raises(UserError, match="NaN"), hold(tmp_path):
+        raise UserError("NaN")
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_a_killed_process_of_this_machine_is_no_hindrance(tmp_path: Path) -> None:
     process = FORK.Process(target=take_and_die, args=(tmp_path,))
     process.start()
@@ -96,7 +105,7 @@ def test_a_process_elsewhere_that_is_silent_is_waited_for(tmp_path: Path) -> Non
     assert time.monotonic() - began < 1
 
 
-@pytest.mark.parametrize("content", ["", "{half"])
+@pytest.mark.parametrize("content", ["", "{half", "[]", "{}"])
 def test_one_without_a_word_is_no_hindrance_for_long(tmp_path: Path, content: str) -> None:
     (tmp_path / ".lock").write_text(content)
     RunLock(tmp_path, stale_seconds=1).take()
