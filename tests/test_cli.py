@@ -90,7 +90,10 @@ def test_vocabularies_that_differ(mta_ds, own_pair: Path, tmp_path: Path) -> Non
     first, second = list(vocabulary)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
-    assert_one_line(mta_ds("check", write_config(own_pair, tmp_path / "run")), 1, "vocabularies differ")
+    path = write_config(own_pair, tmp_path / "run")
+    assert_one_line(mta_ds("check", path), 1, "vocabularies differ")
+    done = run_command("train", path, "--nproc", 2, check=False)
+    assert_one_line((done.returncode, done.stdout, done.stderr), 1, "vocabularies differ")
 
 
 def test_store_of_other_text(mta_ds, own_pair: Path, tmp_path: Path) -> None:

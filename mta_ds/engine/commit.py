@@ -221,8 +221,15 @@ def _check_same_run(
     if batch_size not in (None, saved.batch_size):
         raise _on_every_rank(
             f"{folder}: saved with {saved.batch_size} sequences a step, this run has {batch_size}; choose "
-            f"micro_batch_size x gradient_accumulation_steps x ranks = {saved.batch_size}"
+            + _same_batch(saved.batch_size, distributed.world_size())
         )
+
+
+def _same_batch(size: int, ranks: int) -> str:
+    """How a step can have ``size`` sequences again."""
+    if size % ranks:
+        return f"a number of ranks that divides {size}, which {ranks} does not"
+    return f"micro_batch_size x gradient_accumulation_steps = {size // ranks} on {ranks} rank{'s' * (ranks > 1)}"
 
 
 def _on_every_rank(message: str) -> UserError:

@@ -148,27 +148,43 @@ def barrier() -> None:
 def on_rank_zero_first(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0, then on the others, which find its result (a cache, a folder) already there.
 
-    A failure on rank 0 fails every rank with the same message instead of leaving them waiting.
+    A failure on rank 0 fails every rank with the same message instead of leaving them waiting. Inside of ``work`` the
+    order is given already: a further call just runs its own.
     """
-    if world_size() == 1:
+    if world_size() == 1 or _Ordered.inside:
         return work()
-    outcome: list[str | None] = [None]
+    outcome: list[UserError | None] = [None]
     result: T | None = None
     if rank() == 0:
         try:
-            result = work()
+            result = _in_order(work)
         except UserError as error:
-            outcome = [str(error)]
+            error.on_every_rank = True
+            outcome = [error]
         except BaseException as error:
             # The others must not wait for a rank that is gone; rank 0 itself shows the traceback.
-            dist.broadcast_object_list([f"rank 0 failed: {type(error).__name__}: {error}"], src=0)
+            shared = UserError(f"rank 0 failed: {type(error).__name__}: {error}")
+            shared.on_every_rank = True
+            dist.broadcast_object_list([shared], src=0)
             raise
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
-        shared = UserError(outcome[0])
-        shared.on_every_rank = True
-        raise shared
-    return result if rank() == 0 else work()  # type: ignore[return-value]
+        raise outcome[0]
+    return result if rank() == 0 else _in_order(work)  # type: ignore[return-value]
+
+
+class _Ordered:
+    """Whether this process is inside of :func:`on_rank_zero_first`."""
+
+    inside = False
+
+
+def _in_order(work: Callable[[], T]) -> T:
+    _Ordered.inside = True
+    try:
+        return work()
+    finally:
+        _Ordered.inside = False
 
 
 def _complete_environment() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -112,12 +113,16 @@ def _record(**event: Any) -> bytes:
     return record.getvalue()
 
 
+def insist_on_wandb() -> None:
+    """Raise UserError if Weights & Biases' library is missing."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("train.wandb_project: wandb is not installed; 'pip install wandb', or remove the key")
+
+
 def _open_wandb(project: str, run_dir: Path) -> Any:
     """A run of Weights & Biases that a resumed run of this folder goes on with."""
-    try:
-        import wandb  # type: ignore[import-not-found]  # not ours to install
-    except ImportError:
-        raise UserError("train.wandb_project: wandb is not installed; 'pip install wandb', or remove the key") from None
+    import wandb  # type: ignore[import-not-found]  # not ours to install
+
     identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
     return wandb.init(project=project, name=run_dir.name, id=identity, resume="allow", dir=str(run_dir))
 

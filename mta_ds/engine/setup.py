@@ -20,6 +20,7 @@ from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
 from mta_ds.engine.environment import code_state
 from mta_ds.engine.health import StepGuard
+from mta_ds.engine.metrics import insist_on_wandb
 from mta_ds.engine.pair import Pair, prepare_pair
 from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
@@ -82,11 +83,12 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
         between: called between parts that take long, by every rank; it may raise, to stop.
     """
     set_seed(config.train.seed)
-    distributed.insist_on_agreement({"configuration": config.model_dump_json(), "code or package": code_state()})
+    distributed.insist_on_agreement(common_to_ranks(config))
+    distributed.on_rank_zero_first(lambda: refuse_early(config))
     between()
-    pair = prepare_pair(config)
+    pair = distributed.on_rank_zero_first(lambda: prepare_pair(config))
     between()
-    train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
+    train, validation = distributed.on_rank_zero_first(lambda: load_data(config, pair.tokenizer, pair.method.pairs))
     keys = {"training set": train.key, "validation set": validation.key if validation is not None else ""}
     distributed.insist_on_agreement(keys)
     loader = StepLoader(
@@ -122,6 +124,27 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
         num_steps=num_steps,
         zero_stage=engine.zero_optimization_stage(),
     )
+
+
+def common_to_ranks(config: RunConfig) -> dict[str, str]:
+    """What all ranks must have in common before anything is loaded, by what it is."""
+    values = {"configuration": config.model_dump_json(), "code or package": code_state()}
+    for name, path in (("teacher", config.teacher.deepspeed), ("student", config.student.deepspeed)):
+        content = path.read_text("utf-8") if path is not None and path.is_file() else ""
+        values[f"DeepSpeed configuration of the {name}"] = content
+    return values
+
+
+def refuse_early(config: RunConfig) -> None:
+    """Find now what would stop the run only when models and data are loaded.
+
+    Raises:
+        UserError: a DeepSpeed configuration or a package is missing or wrong.
+    """
+    student_zero_stage(config)
+    read_deepspeed_config(config.teacher.deepspeed)
+    if config.train.wandb_project is not None and distributed.rank() == 0:
+        insist_on_wandb()
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[EncodedDataset, EncodedDataset | None]:

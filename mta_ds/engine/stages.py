@@ -115,7 +115,7 @@ def export_checkpoint(config: RunConfig) -> Path:
         error.on_every_rank = True
         raise error
     folder, progress = found
-    pair = prepare_pair(config)
+    pair = distributed.on_rank_zero_first(lambda: prepare_pair(config))
     engine = make_student_engine(config, pair)
     load(engine, folder, progress, config.train.seed)
     return export_student(config, pair, engine.module, progress.step)

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from mta_ds.errors import UserError
+
 PARENT = "MTA_DS_LAUNCHER_PID"
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -38,12 +40,14 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 def launch(arguments: Sequence[str], num_ranks: int) -> int:
     """Run ``python -m mta_ds ARGUMENTS`` as ``num_ranks`` ranks on this machine and wait for them.
 
-    The first rank that fails takes the others down within seconds. SIGTERM, SIGINT and SIGUSR1 are passed on.
+    The first rank that fails takes the others down within seconds. SIGTERM, SIGINT and SIGUSR1 are passed on. The ranks
+    meet at MASTER_PORT if it is set, else at any free port.
 
     Returns:
         0 if every rank did, else the exit code of the rank that failed first (128 + n for signal n).
     """
-    port = _free_port()
+    reserved = _reserve_port()
+    port = reserved.getsockname()[1]
     command = [sys.executable, "-m", "mta_ds", *arguments]
     ranks = [
         subprocess.Popen(command, env=rank_environment(rank, num_ranks, port), start_new_session=True)
@@ -59,6 +63,7 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     try:
         return _wait(ranks)
     finally:
+        reserved.close()
         for process in ranks:
             if process.poll() is None:
                 process.kill()
@@ -102,7 +107,19 @@ def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     return 0
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _reserve_port() -> socket.socket:
+    """The port that the ranks will meet at, held so that nobody else gets it before rank 0 listens there, in seconds.
+
+    Two sockets may be bound to one port while only one of them listens and both say that they share it.
+
+    Raises:
+        UserError: MASTER_PORT is taken.
+    """
+    wanted = os.environ.get("MASTER_PORT", "0")
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind(("127.0.0.1", int(wanted)))
+    except OSError:
+        raise UserError(f"MASTER_PORT {wanted}: something else listens there already; set it to a free port") from None
+    return holder

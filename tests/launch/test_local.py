@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from mta_ds.errors import UserError
 from mta_ds.launch import local
 
 
@@ -32,6 +34,28 @@ def test_the_first_failure_takes_the_others_down(ending: str, code: int) -> None
     ranks = [start("import time; time.sleep(60)"), start(f"import os, sys; {ending}")]
     assert local._wait(ranks, grace_seconds=0.1) == code
     assert all(rank.poll() is not None for rank in ranks)
+
+
+def test_the_port_is_the_ranks_alone_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with local._reserve_port() as reserved, socket.socket() as other:
+        port = reserved.getsockname()[1]
+        with pytest.raises(OSError):
+            other.bind(("127.0.0.1", port))
+        TCPStore("127.0.0.1", port, 1, is_master=True)
+
+
+def test_a_master_port_that_is_set_is_the_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(UserError, match=f"MASTER_PORT {other.getsockname()[1]}: something else listens"):
+            local._reserve_port()
+    with local._reserve_port() as reserved:
+        assert str(reserved.getsockname()[1]) == os.environ["MASTER_PORT"]
 
 
 def test_all_done_is_zero() -> None:
