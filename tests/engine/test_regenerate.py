@@ -135,4 +135,5 @@ def test_settings_that_would_be_ignored_or_train_on_other_text(
     with pytest.raises(UserError, match=words) as raised:
         load(write_config(pair, tmp_path, **(REJECTED | {"generation": generation})), RunConfig)
     assert "\n" not in str(raised.value)
-    load(write_config(pair, tmp_path, generation=generation | {"max_length": 97}), RunConfig)  # on its own it is fine
+    alone = {"max_length": 600} | generation | {"max_prompt_length": 63}
+    load(write_config(pair, tmp_path, generation=alone), RunConfig)  # as a stage of its own it is fine
