@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import threading
@@ -42,7 +43,7 @@ def _build_inputs_with_special_tokens(tokenizer: Any, token_ids: list[int]) -> l
 
 
 @contextmanager
-def _lent_tokenizer_method() -> Iterator[None]:
+def lent_tokenizer_method() -> Iterator[None]:
     """Within the block every tokenizer has the method that benepar's Retokenizer calls in its constructor."""
     with _lending:
         if hasattr(PreTrainedTokenizerBase, _METHOD):
@@ -57,7 +58,7 @@ def _lent_tokenizer_method() -> Iterator[None]:
 
 def build_chart_parser(config: dict[str, Any]) -> ChartParser:
     """Construct benepar's ChartParser from its keyword arguments, under any supported transformers."""
-    with _lent_tokenizer_method():
+    with lent_tokenizer_method():
         return ChartParser(**config)
 
 
@@ -76,9 +77,9 @@ def load_model(path: Path) -> LoadedModel:
         UserError: nothing is there, it is no Benepar model, it holds code instead of weights, or its weights do not
             fit its encoder.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike a Path's own, false for a name that is too long
         config, state_dict, files = _read_folder(path)
-    elif path.is_file():
+    elif os.path.isfile(path):
         config, state_dict, files = _read_checkpoint(path)
     else:
         raise UserError(
@@ -95,15 +96,19 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[Pa
     for file in (config_file, weights_file):
         if not file.is_file():
             raise UserError(f"parser {path}: not a Benepar model folder, it has no {file.name}")
-    try:
-        values = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"parser {config_file}: not valid JSON: {error}") from None
-    config = values.get("benepar") if isinstance(values, dict) else None
+    config = _read_json(config_file).get("benepar")
     if not isinstance(config, dict):
         raise UserError(f"parser {config_file}: no 'benepar' section; is this the folder of a plain encoder?")
     files = [file for file in path.iterdir() if file.suffix in {".json", ".txt", ".model", ".bin"}]
     return {**config, "pretrained_model_path": str(path)}, _read_weights(weights_file), files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"parser {file}: not valid JSON: {_first_line(error)}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[Path]]:
@@ -114,7 +119,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], lis
     hparams = config.get("hparams", {})
     if isinstance(hparams, dict) and hparams.get("use_pretrained"):
         # A checkpoint of this kind only names its encoder, whose configuration and tokenizer are needed.
-        encoder = Path(hparams.get("pretrained_model", ""))
+        encoder = Path(str(hparams.get("pretrained_model", "")))
         folder = next((place for place in (path.parent / encoder, encoder) if (place / "config.json").is_file()), None)
         if folder is None:
             raise UserError(
@@ -142,15 +147,25 @@ def _read_weights(path: Path) -> dict[str, Any]:
 
 def _build(path: Path, config: dict[str, Any]) -> ChartParser:
     folder = config.get("pretrained_model_path")
-    # Without its files transformers would give an empty tokenizer.
-    if folder is not None and not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(f"parser {path}: no tokenizer in {folder}; it needs one of {', '.join(_TOKENIZER_FILES)}")
+    if folder is not None:
+        _check_encoder(path, Path(str(folder)))
     try:
         hparams = {"force_root_constituent": True, **config["hparams"]}
         return build_chart_parser({**config, "hparams": HParams(**hparams)})
     # Everything here is the content of the user's files, and what they lack can surface as any of these.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(f"parser {path}: not a complete Benepar model: {_first_line(error)}") from None
+
+
+def _check_encoder(path: Path, folder: Path) -> None:
+    """Raise UserError for an encoder without a tokenizer, and for one with code."""
+    # Without its files transformers would give an empty tokenizer.
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"parser {path}: no tokenizer in {folder}; it needs one of {', '.join(_TOKENIZER_FILES)}")
+    # benepar lets transformers ask, in the middle of a batch job, whether to run it.
+    for file in sorted(folder.glob("*config*.json")):
+        if "auto_map" in _read_json(file):
+            raise UserError(f"parser {path}: refused: {file.name} names code of its own (auto_map) to be run")
 
 
 def _load_weights(path: Path, model: ChartParser, state_dict: dict[str, Tensor]) -> None:
@@ -167,6 +182,8 @@ def _load_weights(path: Path, model: ChartParser, state_dict: dict[str, Tensor])
         if names:
             rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"parser {path}: its weights do not match its encoder or config: {kind} {names[0]}{rest}")
+    if broken := [name for name, value in model.named_parameters() if not value.isfinite().all()]:
+        raise UserError(f"parser {path}: its weights are damaged: {broken[0]} has values that are no finite numbers")
     if encoder is not None and len(model.retokenizer.tokenizer) > encoder.get_input_embeddings().num_embeddings:
         raise UserError(f"parser {path}: the tokenizer has more entries than the encoder; do they belong together?")
 

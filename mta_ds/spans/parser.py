@@ -146,21 +146,21 @@ class BeneparParser:
     """A Benepar chart parser (Kitaev, Cao and Klein 2019); scores, norms and sums always in fp32."""
 
     def __init__(self, loaded: LoadedModel, device: str = "cpu") -> None:
-        self._model, self.name, self.fingerprint = loaded
-        self._model.to(device)
+        self.model, self.name, self.fingerprint = loaded
+        self.model.to(device)
         self._device = device
         packages = ("benepar", "torch", "transformers", "tokenizers")
         self.versions: dict[str, str] = {package: version(package) for package in packages}
-        self._encoder = SentenceEncoder(self._model)
-        self._transformer = _transformer(self._model)
-        chains = (name.split("::") for name in _names(self._model.label_vocab))
+        self.encoder = SentenceEncoder(self.model)
+        self._transformer = _transformer(self.model)
+        chains = (name.split("::") for name in _names(self.model.label_vocab))
         self._labels = ["::".join(label for label in chain if label not in _ROOTS) for chain in chains]
-        self._tags = _names(self._model.tag_vocab) if self._model.f_tag is not None else None
-        self._force_root: bool = self._model.decoder.force_root_constituent
+        self._tags = _names(self.model.tag_vocab) if self.model.f_tag is not None else None
+        self._force_root: bool = self.model.decoder.force_root_constituent
 
     def fits(self, sentence: Sentence) -> bool:
         """False over the encoder's limit, for white space, and where the last word is nothing to the encoder."""
-        return self._encoder.fits(sentence.words, sentence.space_after)
+        return self.encoder.fits(sentence.words, sentence.space_after)
 
     def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
         """Parse sentences that fit, in batches of like length; results in the order of ``sentences``.
@@ -171,9 +171,9 @@ class BeneparParser:
         pairs = [(sentence.words, sentence.space_after) for sentence in sentences]
         # In slices, because a tokenizer's output is many times larger than what is kept of it.
         slices = (pairs[first : first + _SLICE] for first in range(0, len(pairs), _SLICE))
-        encoded = [one for part in slices for one in self._encoder.encode(part)]
+        encoded = [one for part in slices for one in self.encoder.encode(part)]
         for number, one in enumerate(encoded):
-            if not self._encoder.takes(one):
+            if not self.encoder.takes(one):
                 raise ValueError(f"sentences must fit (ask fits() first): number {number} does not")
         parses: list[Parse | None] = [None] * len(encoded)
         for numbers in self.batches(encoded):
@@ -189,8 +189,8 @@ class BeneparParser:
     @torch.inference_mode()
     def _parse_batch(self, sentences: Sequence[Encoded]) -> list[Parse]:
         lengths = np.array([len(sentence.words) for sentence in sentences], np.int64)
-        batch = {name: value.to(self._device) for name, value in self._encoder.collate(sentences).items()}
-        annotations = annotate(self._model, batch, self._transformer)
+        batch = {name: value.to(self._device) for name, value in self.encoder.collate(sentences).items()}
+        annotations = annotate(self.model, batch, self._transformer)
         scores, labels = self._best_labels(annotations, lengths)
         constituents = decode(scores.numpy(), labels.numpy(), lengths, self._labels)
         tags = self._best_tags(annotations, lengths)
@@ -198,14 +198,14 @@ class BeneparParser:
 
     def _best_labels(self, annotations: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """Score and number of the best label of every chart cell, packed as decode.py says: [M] each."""
-        features = fencepost_features(self._model, annotations)
+        features = fencepost_features(self.model, annotations)
         fenceposts = span_fenceposts(lengths, features.shape[1])
         left, right = (torch.from_numpy(side).to(self._device) for side in fenceposts)
         features = features.flatten(0, 1)
         scores, labels = features.new_empty(len(left)), left.new_empty(len(left))
         for first in range(0, len(left), _CHUNK_SPANS[self._device]):
             chunk = slice(first, first + _CHUNK_SPANS[self._device])
-            of_labels = label_scores(self._model, features[left[chunk]], features[right[chunk]])
+            of_labels = label_scores(self.model, features[left[chunk]], features[right[chunk]])
             torch.max(of_labels, 1, out=(scores[chunk], labels[chunk]))
         scores, labels = scores.cpu(), labels.cpu() + 1
         # The empty label scores 0 and wins a tie, as the first of all; the whole sentence may have to bear a label.
@@ -219,7 +219,7 @@ class BeneparParser:
         if self._tags is None:
             yield from (("",) * int(length) for length in lengths)
             return
-        for row, length in zip(self._model.f_tag(annotations).argmax(-1).tolist(), lengths.tolist(), strict=True):
+        for row, length in zip(self.model.f_tag(annotations).argmax(-1).tolist(), lengths.tolist(), strict=True):
             yield tuple(self._tags[tag] for tag in row[1 : length + 1])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,7 @@ def load_model(model: str) -> LoadedModel:
     from spacy.util import get_installed_models
 
     path = Path(model)
-    if model and path.is_dir():
+    if model and os.path.isdir(path):
         files = [path / name for name in ("config.cfg", "meta.json")]
         for file in files:
             if not file.is_file():

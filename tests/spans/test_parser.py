@@ -77,7 +77,7 @@ class Example(BaseInputExample):
 
 def benepar_parses(parser: BeneparParser, sentences: Sequence[Sentence]) -> list[tuple[list[str], set]]:
     """Tags and (start, end, label) that benepar's own parse() finds."""
-    model = parser._model
+    model = parser.model
     outputs = model.parse([Example(s) for s in sentences], return_compressed=True, subbatch_max_tokens=1000)
     labels, tags = model.decoder.label_from_index, model.tag_from_index
     return [
@@ -206,7 +206,7 @@ class TestBundledModel:
         assert differing <= (1 if spec else 0)
 
     def test_computed_in_single_precision(self, bundled: BeneparParser) -> None:
-        assert {p.dtype for p in bundled._model.parameters()} == {torch.float32}
+        assert {p.dtype for p in bundled.model.parameters()} == {torch.float32}
 
     def test_transformers_is_left_as_it_was(self, bundled: BeneparParser) -> None:
         assert not hasattr(PreTrainedTokenizerBase, "build_inputs_with_special_tokens")
@@ -343,7 +343,7 @@ class TestOtherModels:
         parser = load_parser(str(save_folder(tmp_path)))
         assert isinstance(parser, BeneparParser)
         expected = parser.parse(SIMPLE)
-        parser._model.retokenizer.tokenizer.padding_side = "left"
+        parser.model.retokenizer.tokenizer.padding_side = "left"
         # BERT's positions shift with the padding: compare with benepar under the same padding, batch by batch.
         assert plain(parser.parse(SIMPLE[2:3])) == benepar_parses(parser, SIMPLE[2:3])
         assert parser.parse(SIMPLE[2:3]) == expected[2:3]
@@ -434,6 +434,37 @@ class TestBadModels:
         self.refused(tmp_path if in_folder else target, "refused")
         assert not (tmp_path / "pwned").exists()
 
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+    def test_an_encoder_with_code_of_its_own(self, file: str, tmp_path: Path) -> None:
+        folder = save_folder(tmp_path)
+        values = json.loads((folder / file).read_text(encoding="utf-8"))
+        code = {"auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoTokenizer": ["own.T", None]}}
+        (folder / file).write_text(json.dumps({**values, **code}), encoding="utf-8")
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')")
+        self.refused(tmp_path, "refused", file, "auto_map")
+        assert not (tmp_path / "pwned").exists()
+
+    def test_config_without_an_end(self, tmp_path: Path) -> None:
+        (save_folder(tmp_path) / "config.json").write_text("[" * 100_000)
+        self.refused(tmp_path, "config.json: not valid JSON")
+
+    def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
+        self.refused(tmp_path / ("x" * 300), "no such file or folder")
+        with pytest.raises(UserError, match="no folder and no installed spaCy model"):
+            load_parser("spacy:" + "x" * 300)
+
+    def test_checkpoint_whose_encoder_is_a_number(self, tmp_path: Path) -> None:
+        config = {"hparams": {"use_pretrained": True, "pretrained_model": 5}}
+        torch.save({"config": config, "state_dict": {}}, tmp_path / "model.pt")
+        self.refused(tmp_path / "model.pt", "'5' is no local folder")
+
+    def test_weights_that_are_no_numbers(self, tmp_path: Path) -> None:
+        folder = save_folder(tmp_path)
+        weights = torch.load(folder / "benepar_model.bin", weights_only=True)
+        weights["f_label.0.weight"][0, 0] = float("nan")
+        torch.save(weights, folder / "benepar_model.bin")
+        self.refused(tmp_path, "f_label.0.weight has values that are no finite numbers")
+
     @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 cut off"])
     def test_other_files(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "model.pt").write_bytes(content)
@@ -485,7 +516,7 @@ def test_training_loss_is_benepars(bundled: BeneparParser, examples: None) -> No
         "(ROOT (NP (DT the) (NN end)))",
         "(ROOT (S (NP (NN it)) (VP (VBZ is) (ADJP (JJ red)))))",
     ]
-    model = bundled._model
+    model = bundled.model
     encoded = [model.encode(example_from_tree(nltk.Tree.fromstring(line))) for line in lines]
     batch = {**model.pad_encoded(encoded), "batch_size": 3, "batch_num_tokens": 11}
     head = [*model.f_label.parameters(), *model.encoder.parameters(), *model.f_tag.parameters()]
