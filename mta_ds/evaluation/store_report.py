@@ -34,7 +34,7 @@ _TAIL = 0.99  # share of the values that a histogram shows
 
 
 class Rejects(NamedTuple):
-    """Rows of the input that became no record, for one reason."""
+    """Rows of the input that became no record, for one kind of reason."""
 
     reason: str
     number: int
@@ -163,7 +163,7 @@ def _pace_line(pace: Pace, size: int) -> Line:
 
 
 def read_rejects(store: Path) -> list[Rejects]:
-    """The rejected rows beside a store by reason, the most frequent first.
+    """The rejected rows beside a store by kind of reason, the most frequent first.
 
     Raises:
         UserError: a line that is no reject.
@@ -172,9 +172,9 @@ def read_rejects(store: Path) -> list[Rejects]:
     first: dict[str, str] = {}
     for where, row in _reject_rows(store):
         try:
-            reason = str(row["reason"]).partition(":")[0]
+            reason = str(row.get("kind") or row["reason"])
             first.setdefault(reason, f"{row['where']}: {row['reason']}")
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             raise UserError(f"{where}: not a reject; run 'mta-ds parse' again") from None
         numbers[reason] += 1
     return [Rejects(reason, number, first[reason]) for reason, number in numbers.most_common()]

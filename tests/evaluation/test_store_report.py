@@ -83,11 +83,11 @@ def test_the_page_is_whole_and_loads_nothing(store, tmp_path):
 
 def test_rejects_are_told_by_reason_and_escaped(store, tmp_path):
     rows = [
-        ("f.jsonl:3", "bad JSON: <script>alert(1)</script>"),
-        ("f.jsonl:9", "bad JSON: x"),
-        ("f.jsonl:1", "no text"),
+        ("f.jsonl:3", "bad JSON: <script>alert(1)</script>", "bad JSON"),
+        ("f.jsonl:9", "bad JSON: x", "bad JSON"),
+        ("f.jsonl:1", "no text", "no text"),
     ]
-    lines = [json.dumps({"where": w, "reason": r, "record_id": None}) + "\n" for w, r in rows]
+    lines = [json.dumps({"where": w, "reason": r, "record_id": None, "kind": k}) + "\n" for w, r, k in rows]
     (store / "rejects-00000-of-00002.jsonl").write_text("".join(lines[:2]))
     (store / "rejects-duplicates.jsonl").write_text(lines[2])
     first, second = read_rejects(store)
