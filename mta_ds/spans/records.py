@@ -121,7 +121,9 @@ def parse_row(row: Any, where: str) -> Record | Reject:
     given: str | None = None
     try:
         if not isinstance(row, dict):
-            raise BadRow("not a JSON object", f"not a JSON object but {type(row).__name__}; want JSON lines, one object each")
+            raise BadRow(
+                "not a JSON object", f"not a JSON object but {type(row).__name__}; want JSON lines, one object each"
+            )
         given = _given_id(row)
         kind, fields, roles, references = _content(row)
     except BadRow as error:
