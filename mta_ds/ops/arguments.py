@@ -7,13 +7,15 @@ from torch import Tensor
 
 
 def check_rows(name: str, values: Tensor, num_rows: int | None = None) -> None:
-    """A floating matrix, with ``num_rows`` rows if given.
+    """A floating matrix of at least one feature, with ``num_rows`` rows if given.
 
     Raises:
         ValueError: it is not.
     """
     if values.ndim != 2 or not values.is_floating_point():
         raise ValueError(f"{name}: want a floating matrix, got {values.dtype} {list(values.shape)}")
+    if values.shape[1] == 0:
+        raise ValueError(f"{name}: want at least one feature, got {list(values.shape)}")
     if num_rows is not None and len(values) != num_rows:
         raise ValueError(f"{name}: want {num_rows} rows, got {len(values)}")
 
@@ -40,6 +42,42 @@ def check_together(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: want it on {tensor.device} as {first} is, got {other.device}")
 
 
+def check_dtypes(**tensors: Tensor) -> None:
+    """Float64 with float64 only: everything else is summed in fp32, and a float64 beside it would promise digits that
+    nothing has.
+
+    Raises:
+        ValueError: some are, some are not.
+    """
+    (first, tensor), *rest = tensors.items()
+    for name, other in rest:
+        if (other.dtype == torch.float64) != (tensor.dtype == torch.float64):
+            dtypes = f"{other.dtype} beside {first}'s {tensor.dtype}"
+            raise ValueError(f"{name}: float64 goes with float64 only, got {dtypes}")
+
+
+def check_trained(**tensors: Tensor) -> None:
+    """Gradients that are made before the loss's scale is known can be kept in this dtype.
+
+    Raises:
+        ValueError: float16, in which those of a token in a long batch are zero.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16:
+            raise ValueError(f"{name}: gradients underflow in float16; want bfloat16, float32 or float64")
+
+
+def check_projection(projection: Tensor, student: Tensor, teacher: Tensor) -> None:
+    """W [d_T, d_S] of these states.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check_rows("projection", projection)
+    if projection.shape != (teacher.shape[1], student.shape[1]):
+        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
+
+
 def check_bounds(name: str, cu: Tensor, total: int | None) -> int:
     """Bounds of consecutive segments of ``total`` items: int64 [B + 1] on the CPU, from 0 to ``total``, never falling.
 
@@ -53,7 +91,8 @@ def check_bounds(name: str, cu: Tensor, total: int | None) -> int:
         raise ValueError(f"{name}: want int64 [B + 1], got {cu.dtype} {list(cu.shape)}")
     _check_host(name, cu)
     if int(cu[0]) != 0 or (total is not None and int(cu[-1]) != total):
-        raise ValueError(f"{name}: want bounds from 0 to {total or 'n'}, got {int(cu[0])} to {int(cu[-1])}")
+        last = "n" if total is None else total
+        raise ValueError(f"{name}: want bounds from 0 to {last}, got {int(cu[0])} to {int(cu[-1])}")
     if bool((cu.diff() < 0).any()):
         raise ValueError(f"{name}: bounds must not fall")
     return int(cu[-1])
@@ -74,15 +113,12 @@ def check_spans(spans: Tensor, num_tokens: int) -> None:
         raise ValueError(f"spans: want 0 <= start <= end <= {num_tokens} in every row")
 
 
-def check_spans_within(spans: Tensor, cu_spans: Tensor, cu_seqlens: Tensor) -> None:
-    """Every span lies in the sequence that ``cu_spans`` gives it to.
+def check_spans_within(spans: Tensor, owner: Tensor, cu_seqlens: Tensor) -> None:
+    """Every span lies in the sequence, int64 [K], that owns it.
 
     Raises:
-        ValueError: one does not, or the two bounds know different numbers of sequences.
+        ValueError: one does not.
     """
-    if len(cu_spans) != len(cu_seqlens):
-        raise ValueError(f"cu_spans: want {len(cu_seqlens)} bounds as cu_seqlens has, got {len(cu_spans)}")
-    owner = torch.repeat_interleave(torch.arange(len(cu_spans) - 1), cu_spans.diff())
     outside = (spans[:, 0] < cu_seqlens[owner]) | (spans[:, 1] > cu_seqlens[owner + 1])
     if bool(outside.any()):
         i = int(outside.nonzero()[0, 0])
@@ -93,7 +129,7 @@ def check_spans_within(spans: Tensor, cu_spans: Tensor, cu_seqlens: Tensor) -> N
 
 
 def check_teacher(name: str, values: Tensor) -> None:
-    """The teacher is never trained; a graph behind it would be kept alive for nothing.
+    """The teacher is never trained; a graph behind it would be kept alive for nothing. Under ``no_grad`` none would.
 
     Raises:
         ValueError: it requires grad.

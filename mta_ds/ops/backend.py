@@ -1,13 +1,18 @@
-"""Which implementation runs an op: Triton on a GPU that has it, torch everywhere else; decided in this one place."""
+"""Which implementation runs an op: Triton on a GPU that has it, torch everywhere else; decided in this one place.
+
+Float64 is always torch's: kernels sum in fp32.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["torch", "triton"]
@@ -16,7 +21,9 @@ _forced: Backend | None = None
 
 
 def backend_of(tensor: Tensor) -> Backend:
-    """The backend of the ops whose tensors live where ``tensor`` does."""
+    """The backend of the ops whose sums have the dtype of ``tensor``'s, where it lives."""
+    if tensor.dtype == torch.float64:
+        return "torch"
     if _forced is not None:
         return _forced
     return "triton" if tensor.is_cuda and _has_triton() else "torch"
@@ -35,4 +42,7 @@ def force(backend: Backend) -> Iterator[None]:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    found = importlib.util.find_spec("triton") is not None
+    if not found:  # once: it is cached
+        warnings.warn("Triton is not installed: the structural ops and losses are slower on this GPU", stacklevel=3)
+    return found

@@ -7,9 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_bounds, check_rows, check_teacher, check_together, check_vector
+from mta_ds.ops.arguments import (
+    check_bounds,
+    check_dtypes,
+    check_rows,
+    check_teacher,
+    check_together,
+    check_trained,
+    check_vector,
+)
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import beside, row_blocks, runs
+from mta_ds.ops.layout import Segments, row_blocks, runs
 from mta_ds.ops.products import accumulating, gram
 
 # Pairs of spans of a CPU at once: 2 MB in fp32 stay in cache until their gradient is made.
@@ -52,9 +60,11 @@ def dsa(student: Tensor, teacher: Tensor, span_weights: Tensor, cu_spans: Tensor
     check_teacher("teacher", teacher)
     check_vector("span_weights", span_weights, len(student))
     check_together(student=student, teacher=teacher, span_weights=span_weights)
+    check_dtypes(student=student, teacher=teacher, span_weights=span_weights)
+    check_trained(student=student)
     check_bounds("cu_spans", cu_spans, len(student))
     values, normalisers = _DSA.apply(  # type: ignore[no-untyped-call]
-        student, teacher, accumulating(span_weights.detach()), cu_spans
+        student, teacher, accumulating(span_weights.detach()), Segments(cu_spans)
     )
     return values, normalisers
 
@@ -63,35 +73,33 @@ class _DSA(torch.autograd.Function):
     """Gradients are made in the forward, while the tiles of cosines are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> tuple[Tensor, Tensor]:
-        aligned = align(accumulating(student), accumulating(teacher), omega, cu_spans)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, omega: Tensor, spans: Segments) -> tuple[Tensor, Tensor]:
+        aligned = align(accumulating(student), accumulating(teacher), omega, spans)
         ctx.save_for_backward(aligned.gradient)
-        ctx.cu_spans, ctx.dtype = cu_spans, student.dtype
+        ctx.spans, ctx.dtype = spans, student.dtype
         ctx.mark_non_differentiable(aligned.normalisers)
         return aligned.values, aligned.normalisers
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        owner = torch.repeat_interleave(torch.arange(len(upstream)), ctx.cu_spans.diff())
-        return (gradient * upstream[beside(owner, upstream.device)][:, None]).to(ctx.dtype), None, None, None
+        owners = ctx.spans.on("owners", upstream.device)
+        return (gradient * upstream[owners, None]).to(ctx.dtype), None, None, None
 
 
 @torch.no_grad()
-def align(student: Tensor, teacher: Tensor, omega: Tensor, cu_spans: Tensor) -> Aligned:
+def align(student: Tensor, teacher: Tensor, omega: Tensor, spans: Segments) -> Aligned:
     """:func:`dsa` with its gradient, in the accumulating dtype; overwrites nothing."""
-    if backend_of(student) == "triton" and student.dtype != torch.float64:
+    if backend_of(student) == "triton":
         import mta_ds.ops.kernels.dsa as kernels
 
-        return Aligned(
-            *kernels.align(student, teacher, _inverse_norm(student), _inverse_norm(teacher), omega, cu_spans)
-        )
+        return Aligned(*kernels.align(student, teacher, _inverse_norm(student), _inverse_norm(teacher), omega, spans))
     gradient = torch.empty_like(student)
     ours, theirs = _inverse_norm(student), _inverse_norm(teacher)
-    sums = omega.new_zeros(len(cu_spans) - 1, 2)
-    for first, run in runs(cu_spans, _BLOCK_PAIRS):
-        spans = _Run(*(run.of(each) for each in (student, teacher, ours, theirs, omega, gradient)))
-        sums[first : first + run.num_segments] = _align_run(spans)
+    sums = omega.new_zeros(len(spans.cu) - 1, 2)
+    for first, run in runs(spans.cu, _BLOCK_PAIRS):
+        parts = _Run(*(run.of(each) for each in (student, teacher, ours, theirs, omega, gradient)))
+        sums[first : first + run.num_segments] = _align_run(parts)
     values, normalisers = sums.unbind(dim=1)
     return Aligned(values, normalisers, gradient)
 

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_rows, check_teacher, check_together, check_vector
+from mta_ds.ops.arguments import (
+    check_dtypes,
+    check_projection,
+    check_rows,
+    check_teacher,
+    check_together,
+    check_trained,
+    check_vector,
+)
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.products import accumulating, add_product, product, write_product
 
@@ -15,6 +23,9 @@ from mta_ds.ops.products import accumulating, add_product, product, write_produc
 _CPU_TOKENS = 512
 _GPU_TOKENS = 4096
 _FULL = (torch.float32, torch.float64)
+# Below this share of ||h||² times the largest ||column of W||², where a random state has all of it, ||W h||² is not
+# computed through WᵀW.
+_WEAK = 0.25
 
 
 def hid(student: Tensor, projection: Tensor, teacher: Tensor, token_weights: Tensor) -> Tensor:
@@ -38,10 +49,10 @@ def hid(student: Tensor, projection: Tensor, teacher: Tensor, token_weights: Ten
     check_rows("teacher", teacher, len(student))
     check_teacher("teacher", teacher)
     check_vector("token_weights", token_weights, len(student))
-    check_rows("projection", projection)
-    if projection.shape != (teacher.shape[1], student.shape[1]):
-        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
+    check_projection(projection, student, teacher)
     check_together(student=student, projection=projection, teacher=teacher, token_weights=token_weights)
+    check_dtypes(student=student, projection=projection, teacher=teacher, token_weights=token_weights)
+    check_trained(student=student, projection=projection)
     value: Tensor = _Hid.apply(  # type: ignore[no-untyped-call]
         student, projection, teacher, accumulating(token_weights.detach())
     )
@@ -53,16 +64,21 @@ class _Hid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, projection: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        projector = Projector(projection, student.dtype, len(weights))
+        projector = Projector(projection, student, len(weights))
         gradient = torch.empty_like(student)
         value = projector.project(student, teacher, weights, None, gradient)
-        ctx.save_for_backward(gradient, projector.gradient().to(projection.dtype))
+        ctx.save_for_backward(gradient, projector.gradient())
+        ctx.dtypes = student.dtype, projection.dtype
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, projection = ctx.saved_tensors
-        return student * upstream.to(student.dtype), projection * upstream.to(projection.dtype), None, None
+        # a scale that is rounded first would scale all of the gradient wrongly
+        student, projection = (
+            (accumulating(gradient) * upstream).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return student, projection, None, None
 
 
 class Projector:
@@ -70,13 +86,16 @@ class Projector:
 
     Args:
         projection: W [d_T, d_S].
-        dtype: the student's.
+        student: states of the dtype and device that will be projected.
         num_tokens: about how many there will be in all; decides which algebra pays.
     """
 
-    def __init__(self, projection: Tensor, dtype: torch.dtype, num_tokens: int) -> None:
-        self._dtype = torch.promote_types(dtype, projection.dtype)
-        way = _ThroughGram if self._dtype in _FULL and gram_pays(num_tokens, *projection.shape) else _Direct
+    def __init__(self, projection: Tensor, student: Tensor, num_tokens: int) -> None:
+        self._dtype = torch.promote_types(student.dtype, projection.dtype)
+        # not in half precision, where WᵀW would be rounded, nor on a GPU, which would be waited for to see which tokens
+        # it is exact enough for
+        through_gram = self._dtype in _FULL and not student.is_cuda and gram_pays(num_tokens, *projection.shape)
+        way = _ThroughGram if through_gram else _Direct
         self._way = way(projection.detach().to(self._dtype))
 
     @torch.no_grad()
@@ -114,8 +133,7 @@ def hid_chunk_tokens(is_cuda: bool) -> int:
 def gram_pays(num_tokens: int, d_teacher: int, d_student: int) -> bool:
     """Whether WᵀW and the teacher's tokens projected down cost less than the student's projected up.
 
-    Three products of m d_S d_T become two, two of m d_S² and two of d_T d_S². Not in half precision: WᵀW would be
-    rounded, or multiplied at the rate of fp32.
+    Three products of m d_S d_T become two, two of m d_S² and two of d_T d_S².
     """
     return d_teacher > 2 * d_student * (1 + d_teacher / max(1, num_tokens))
 
@@ -138,7 +156,7 @@ class _Direct:
     ) -> Tensor:
         """Values [c] of a chunk; its gradient into ``gradient`` [c, d_S], the projection's is added up."""
         projected = product(student, self._projection.T, self._room("projected", student))
-        if backend_of(student) == "triton" and student.dtype != torch.float64:
+        if backend_of(student) == "triton":
             import mta_ds.ops.kernels.hid as kernels
 
             values, towards = kernels.distances(projected, teacher, rows, weights, student.dtype)
@@ -172,32 +190,57 @@ class _Direct:
 
 
 class _ThroughGram:
-    """Project down: <W h, t> = <h, Wᵀ t> and ||W h||² = hᵀ (WᵀW) h, so nothing is d_T wide but the teacher."""
+    """Project down: <W h, t> = <h, Wᵀ t> and ||W h||² = hᵀ (WᵀW) h, so nothing is d_T wide but the teacher.
+
+    hᵀ (WᵀW) h loses as many digits as it is smaller than ||h||² ||WᵀW||, where W h loses half of them: tokens that W
+    makes small are projected up.
+    """
 
     def __init__(self, projection: Tensor) -> None:
         self._projection = projection
         self._total = torch.zeros_like(projection)
         self._gram = torch.mm(projection.T, projection)
         self._outer = torch.zeros_like(self._gram)
+        self._least = _WEAK * self._gram.diagonal().amax()
+        self._direct: _Direct | None = None
 
     def __call__(
         self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
     ) -> Tensor:
         """As :class:`_Direct`."""
+        through = torch.mm(student, self._gram)
+        square = (student * through).sum(dim=1)
+        weak = square < self._least * student.square().sum(dim=1)
+        is_weak = bool(weak.any())
+        strong = weights.masked_fill(weak, 0.0) if is_weak else weights
         theirs = _rows_of(teacher, rows).to(student.dtype)
-        down, through = torch.mm(theirs, self._projection), torch.mm(student, self._gram)
-        square = (student * through).sum(dim=1).clamp_min_(0)
+        down = torch.mm(theirs, self._projection)
         values, along, back = _slopes(
-            (student * down).sum(dim=1), square.sqrt(), torch.linalg.vector_norm(theirs, dim=1), weights
+            (student * down).sum(dim=1),
+            square.masked_fill_(weak, 1.0).sqrt_(),
+            torch.linalg.vector_norm(theirs, dim=1),
+            strong,
         )
         self._total.addmm_(theirs.T, student * along[:, None])
         self._outer.addmm_(student.T, student * back[:, None])
         gradient.copy_(down.mul_(along[:, None]).addcmul_(through, back[:, None]))
+        if is_weak:
+            self._project_up(student, theirs, weak.nonzero()[:, 0], weights, values, gradient)
         return values
+
+    def _project_up(
+        self, student: Tensor, theirs: Tensor, weak: Tensor, weights: Tensor, values: Tensor, gradient: Tensor
+    ) -> None:
+        """Values and gradients of the ``weak`` rows."""
+        self._direct = self._direct or _Direct(self._projection)
+        room = student.new_empty(len(weak), student.shape[1])
+        values[weak] = self._direct(student[weak], theirs, weak, weights[weak], room)
+        gradient[weak] = room.to(gradient.dtype)
 
     def projection_gradient(self) -> Tensor:
         """Σ_t b_t W h hᵀ is multiplied once for all tokens."""
-        return self._total.addmm_(self._projection, self._outer)
+        total = self._total.addmm_(self._projection, self._outer)
+        return total if self._direct is None else total.add_(self._direct.projection_gradient())
 
 
 def _distances(

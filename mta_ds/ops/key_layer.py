@@ -11,26 +11,35 @@ Work goes by groups of whole sequences, so 2 to 5 find a group in cache, and not
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_rows, check_together, check_vector
+from mta_ds.ops.arguments import (
+    check_dtypes,
+    check_projection,
+    check_rows,
+    check_teacher,
+    check_together,
+    check_trained,
+    check_vector,
+)
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.dsa import align
 from mta_ds.ops.hid import Projector
-from mta_ds.ops.layout import Group, SpanLayout, beside
+from mta_ds.ops.layout import Group, SpanLayout
 from mta_ds.ops.products import accumulating
-from mta_ds.ops.span_pool import Pooled, normalise_within, pool, pool_gradient
-from mta_ds.ops.token_weights import token_weights
+from mta_ds.ops.segments import pair_weights, softmax_within
+from mta_ds.ops.span_pool import pool, pool_gradient, scatter, span_shares
+from mta_ds.ops.token_weights import log_token_weights
 
 Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
+StudentWeights = Literal["own", "teacher"]
 
 # Tokens that are worked on at once.
 _CPU_TOKENS = 2048
 _GPU_TOKENS = 16_384
-_TINY = 1e-30  # below any Z of two spans that weigh something
 
 
 class LayerTerms(NamedTuple):
@@ -43,7 +52,8 @@ class LayerTerms(NamedTuple):
     hid: Tensor
     """Σ_b Y_b with ``paper``, else Σ_b Y'_b (weights renormalised in each sequence)."""
     finite: Tensor
-    """Two numbers, no gradient: 1 where all the student's, all the teacher's states are finite, else 0."""
+    """Two numbers, no gradient: 1 where all the student's, all the teacher's states are finite, else 0; the student's
+    is also 0 where the terms are not finite and the teacher's states are, for its projection may not be."""
 
 
 class LayerGradients(NamedTuple):
@@ -51,26 +61,30 @@ class LayerGradients(NamedTuple):
 
     terms: LayerTerms
     layout: SpanLayout
-    pool_weights: Tensor
-    """Token weights [n] that pooled the student's spans."""
-    pool_mass: Tensor
-    """Their sums over each span [K]."""
+    pool_shares: Tensor
+    """Each token's share of each of its spans, by which the student's were pooled [pairs]."""
     dsa_spans: Tensor
-    """∂dsa / ∂ the student's span states [K, d_S]: fewer than tokens; pooling is undone in backward."""
+    """∂dsa / ∂ the student's span states [K, d_S], in its dtype: fewer than tokens; pooling is undone in backward."""
     hid_tokens: Tensor
-    """∂hid / ∂ the student's covered tokens [m, d_S]."""
+    """∂hid / ∂ the student's covered tokens [m, d_S], in its dtype."""
     hid_projection: Tensor
-    """∂hid / ∂W [d_T, d_S]"""
+    """∂hid / ∂W [d_T, d_S] in the accumulating dtype."""
 
 
-@torch.no_grad()
+class _Options(NamedTuple):
+    """See :func:`align_layer`."""
+
+    reduction: Reduction
+    student_weights: StudentWeights
+
+
 def align_layer(
     student: Tensor,
     teacher: Tensor,
     projection: Tensor,
     layout: SpanLayout,
     reduction: Reduction = "sequence_mean",
-    student_weights: Literal["own", "teacher"] = "own",
+    student_weights: StudentWeights = "own",
     teacher_weights: Tensor | None = None,
 ) -> LayerGradients:
     """DSA and Hid of one key layer (MTA eqs. 5-13) and the gradients of both sums; nothing of the teacher is kept.
@@ -86,17 +100,34 @@ def align_layer(
             :func:`entropy_weights` makes them; only states of covered tokens are read from the teacher then.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a teacher that requires grad.
+        ValueError: shapes, dtypes, devices or options that do not fit, or a teacher that requires grad.
     """
     _check(student, teacher, projection, layout, teacher_weights)
+    options = _Options(reduction, student_weights)
+    for name, kinds in (("reduction", Reduction), ("student_weights", StudentWeights)):
+        if getattr(options, name) not in get_args(kinds):
+            raise ValueError(f"{name}: want one of {', '.join(get_args(kinds))}, got {getattr(options, name)!r}")
+    return _align(student, teacher, projection, layout, options, teacher_weights)
+
+
+@torch.no_grad()
+def _align(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor,
+    layout: SpanLayout,
+    options: _Options,
+    teacher_weights: Tensor | None,
+) -> LayerGradients:
+    """Group by group, whose gradients go to their places."""
     members = layout.members
-    projector = Projector(projection, student.dtype, len(members.covered))
-    zero = accumulating(projection.new_zeros(()))
+    projector = Projector(projection, student, len(members.covered))
+    zero = accumulating(student.new_zeros(()))
+    given = None if teacher_weights is None else teacher_weights.double().log()
     found = LayerGradients(
         terms=LayerTerms(zero, zero, zero, zero.new_ones(2)),
         layout=layout,
-        pool_weights=zero.new_empty(layout.num_tokens),
-        pool_mass=zero.new_empty(len(members.spans)),
+        pool_shares=zero.new_empty(len(members.span_tokens)),
         dsa_spans=student.new_empty(len(members.spans), student.shape[1]),
         hid_tokens=student.new_empty(len(members.covered), student.shape[1]),
         hid_projection=projection,
@@ -108,13 +139,12 @@ def align_layer(
             projector,
             group,
             found,
-            reduction,
-            student_weights,
-            None if teacher_weights is None else accumulating(teacher_weights[group.tokens]),
+            options,
+            None if given is None else given[group.tokens],
         )
         for group in layout.groups(tokens_at_once(student.is_cuda))
     ]
-    found = found._replace(hid_projection=projector.gradient().to(projection.dtype))
+    found = found._replace(hid_projection=projector.gradient())
     if not parts:
         return found
     dsa, normaliser, hid, finite = (torch.stack(column) for column in zip(*parts, strict=True))
@@ -127,57 +157,66 @@ def _align_group(
     projector: Projector,
     group: Group,
     found: LayerGradients,
-    reduction: Reduction,
-    student_weights: Literal["own", "teacher"],
-    weights: Tensor | None,
+    options: _Options,
+    given: Tensor | None,
 ) -> LayerTerms:
     """The terms of some whole sequences; their gradients go to their places in ``found``."""
     layout, members, narrow = group.layout, group.layout.members, student
     if backend_of(student) == "torch":  # once for all ops; kernels do it in registers
         student, teacher = accumulating(student), accumulating(teacher)
-    given = weights is not None
-    weights = token_weights(teacher, layout.cu_seqlens) if weights is None else weights
-    own = weights if student_weights == "teacher" else token_weights(student, layout.cu_seqlens)
-    found.pool_weights[group.tokens] = own
-    x, normaliser = _align_spans(pool(student, own, members), pool(teacher, weights, members), group, found, reduction)
+    theirs = log_token_weights(teacher, layout.tokens) if given is None else given
+    ours = theirs if options.student_weights == "teacher" else log_token_weights(student, layout.tokens)
+    x, normaliser = _align_spans(student, ours, teacher, theirs, group, found, options)
     covered = members.on("covered", student.device)
-    covered_weights = weights[covered]
-    if reduction != "paper":
-        covered_weights = normalise_within(covered_weights, layout.cu_covered, layout.covered_owner)
+    weights = theirs[covered]
+    if options.reduction == "paper":
+        weights = weights.exp().to(x.dtype)
+    else:
+        weights, _ = softmax_within(weights, layout.covered, x.dtype)
     tokens = None if len(covered) == len(student) else covered
-    hid = projector.project(narrow, teacher, covered_weights, tokens, found.hid_tokens[group.covered])
-    seen = teacher if given else weights
-    return LayerTerms(x, normaliser, hid, _finite(own, seen, own is weights, x + hid))
+    hid = projector.project(narrow, teacher, weights, tokens, found.hid_tokens[group.covered])
+    # a state shows in the token weights that come of it
+    seen = (student if ours is theirs else ours, theirs if given is None else teacher)
+    return LayerTerms(x, normaliser, hid, _finite(*seen, x + hid))
 
 
 def _align_spans(
-    ours: Pooled, theirs: Pooled, group: Group, found: LayerGradients, reduction: Reduction
+    student: Tensor,
+    ours: Tensor,
+    teacher: Tensor,
+    theirs: Tensor,
+    group: Group,
+    found: LayerGradients,
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """DSA and its normaliser of some whole sequences; of the span states nothing is left when Hid needs its memory."""
-    layout, towards = group.layout, found.dsa_spans[group.spans]
-    omega = normalise_within(theirs.mass, layout.cu_spans, layout.span_owner)
-    x, normalisers, gradient = align(ours.states, theirs.states, omega, layout.cu_spans)
-    if reduction == "sequence_mean":
-        inverse = torch.where(normalisers > 0, 1 / normalisers.clamp_min(_TINY), 0.0)
-        x = x * inverse
-        torch.mul(gradient, inverse[beside(layout.span_owner, x.device), None], out=towards)
-    else:
-        towards.copy_(gradient)
-    found.pool_mass[group.spans] = ours.mass
-    return x.sum(), normalisers.sum()
-
-
-def _finite(own: Tensor, theirs: Tensor, shared: bool, loss: Tensor) -> Tensor:
-    """Whether the student's and the teacher's states are: seen in what comes of them, their weights for one.
+    """DSA and its normaliser of some whole sequences; of the span states nothing is left when Hid needs its memory.
 
     Args:
-        own: the token weights that pooled the student's spans.
-        theirs: the teacher's token weights, or its states where its weights come from elsewhere.
-        shared: whether ``own`` does not depend on the student; then the loss does.
+        ours, theirs: logarithms of the token weights [n].
     """
-    teacher = theirs.sum().isfinite()
-    student = loss.isfinite() | ~teacher if shared else own.sum().isfinite()
-    return torch.stack([student, teacher]).to(own.dtype)
+    layout, members = group.layout, group.layout.members
+    teacher_shares, log_mass = span_shares(theirs, members, teacher)
+    shares = teacher_shares if ours is theirs else span_shares(ours, members, student)[0]
+    found.pool_shares[group.pairs] = shares
+    omega, lift = pair_weights(log_mass, layout.spans, shares.dtype)
+    aligned = align(pool(student, shares, members), pool(teacher, teacher_shares, members), omega, layout.spans)
+    # what the lifted products are too large by cancels in a sequence's own ratio
+    lowered = lift.neg().exp_().to(shares.dtype)
+    some = aligned.normalisers > 0
+    own_ratio = torch.where(some, 1 / torch.where(some, aligned.normalisers, 1.0), 0.0)
+    factor = own_ratio if options.reduction == "sequence_mean" else lowered
+    owners = layout.spans.on("owners", student.device)
+    torch.mul(aligned.gradient, factor[owners, None], out=found.dsa_spans[group.spans])
+    return (aligned.values * factor).sum(), (aligned.normalisers * lowered).sum()
+
+
+def _finite(student: Tensor, teacher: Tensor, loss: Tensor) -> Tensor:
+    """Whether the student's and the teacher's states are, by what shows it: anything not finite makes its sum so."""
+    # float16's own sum of finite states may be infinite
+    ours, theirs = (accumulating(seen[:0]).dtype for seen in (student, teacher))
+    teacher_is = teacher.sum(dtype=theirs).isfinite()
+    student_is = student.sum(dtype=ours).isfinite() & (loss.isfinite() | ~teacher_is)
+    return torch.stack([student_is, teacher_is]).to(loss.dtype)
 
 
 def attach(student: Tensor, projection: Tensor, gradients: LayerGradients) -> LayerTerms:
@@ -196,7 +235,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, projection: Tensor, gradients: LayerGradients) -> tuple[Tensor, ...]:
-        ctx.layout = gradients.layout
+        ctx.layout, ctx.projection_dtype = gradients.layout, projection.dtype
         ctx.save_for_backward(*gradients[2:])  # which backward lets go as soon as it has run
         dsa, normaliser, hid, finite = (term.clone() for term in gradients.terms)
         ctx.mark_non_differentiable(normaliser, finite)
@@ -205,19 +244,16 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         layout: SpanLayout = ctx.layout
-        weights, mass, dsa_spans, hid_tokens, hid_projection = ctx.saved_tensors
-        dtype = hid_tokens.dtype
-        by_dsa, by_hid = upstream[0], upstream[2].to(dtype)
+        shares, dsa_spans, hid_tokens, hid_projection = ctx.saved_tensors
+        by_dsa, _, by_hid, _ = upstream
         student = hid_tokens.new_empty(layout.num_tokens, hid_tokens.shape[1])
         for group in layout.groups(tokens_at_once(student.is_cuda)):
-            rows, spans, members = student[group.tokens], group.spans, group.layout.members
-            rows.copy_(pool_gradient(dsa_spans[spans], weights[group.tokens], mass[spans], members, by_dsa))
-            covered = hid_tokens[group.covered]
-            if len(covered) == len(rows):
-                rows.addcmul_(covered, by_hid)
-            else:  # each token once: there is no order to keep
-                rows.index_add_(0, members.on("covered", rows.device), covered * by_hid)
-        return student, hid_projection * by_hid.to(hid_projection.dtype), None
+            members = group.layout.members
+            rows = pool_gradient(dsa_spans[group.spans], shares[group.pairs], members, by_dsa)
+            # scaled and added up in the accumulating dtype, and rounded once
+            rows.addcmul_(accumulating(hid_tokens[group.covered]), by_hid)
+            scatter(student[group.tokens], rows, members)
+        return student, (hid_projection * by_hid).to(ctx.projection_dtype), None
 
 
 def tokens_at_once(is_cuda: bool) -> int:
@@ -228,11 +264,12 @@ def tokens_at_once(is_cuda: bool) -> int:
 def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout, weights: Tensor | None) -> None:
     check_rows("student", student, layout.num_tokens)
     check_rows("teacher", teacher, layout.num_tokens)
-    if teacher.requires_grad:
-        raise ValueError("teacher: must not require grad; detach it")
-    check_rows("projection", projection)
-    if projection.shape != (teacher.shape[1], student.shape[1]):
-        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
-    check_together(student=student, teacher=teacher, projection=projection)
+    check_teacher("teacher", teacher)
+    check_projection(projection, student, teacher)
+    check_trained(student=student, projection=projection)
+    tensors = {"student": student, "teacher": teacher, "projection": projection}
     if weights is not None:
         check_vector("teacher_weights", weights, layout.num_tokens)
+        tensors["teacher_weights"] = weights
+    check_together(**tensors)
+    check_dtypes(**tensors)

@@ -16,8 +16,47 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_spans, check_spans_within
 
+TILE_ROWS = 64
 
-class Membership:
+
+class HostData:
+    """Integers on the CPU, of which ops read copies beside their tensors; each is made once a device."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, name: str, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The attribute ``name`` on a device, copied there once."""
+        key = (name, device, dtype)
+        if key not in self._copies:
+            self._copies[key] = beside(getattr(self, name).to(dtype), device)
+        return self._copies[key]
+
+
+class Segments(HostData):
+    """N values that belong to consecutive segments, maybe empty ones.
+
+    Args:
+        cu: their bounds, int64 [B + 1] on the CPU, from 0 to N, never falling.
+    """
+
+    def __init__(self, cu: Tensor) -> None:
+        super().__init__()
+        self.cu = cu
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """The segment of each value, int64 [N]."""
+        return torch.repeat_interleave(torch.arange(len(self.cu) - 1), self.cu.diff())
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """The launch grid over rows, 64 at a time: int32 [tiles, 3] of (first row, segment's start, segment's end)."""
+        rows = [(first, start, end) for start, end in pairs(self.cu) for first in range(start, end, TILE_ROWS)]
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
+
+
+class Membership(HostData):
     """Which tokens are in which span: the pairs (span, token), ordered by span and, for gradients, by token.
 
     Args:
@@ -29,57 +68,50 @@ class Membership:
     """
 
     def __init__(self, spans: Tensor, num_tokens: int) -> None:
+        super().__init__()
         check_spans(spans, num_tokens)
         self.spans = spans
         self.num_tokens = num_tokens
-        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    @cached_property
+    def pairs(self) -> Segments:
+        """The pairs, span by span."""
+        return Segments(_offsets(self.spans[:, 1] - self.spans[:, 0]))
 
     @cached_property
     def span_offsets(self) -> Tensor:
         """int64 [K + 1]: where each span's pairs begin."""
-        return _offsets(self.spans[:, 1] - self.spans[:, 0])
-
-    @cached_property
-    def span_owners(self) -> Tensor:
-        """int64 [pairs]: the span of each pair, span by span."""
-        return owners(self.span_offsets)
+        return self.pairs.cu
 
     @cached_property
     def span_tokens(self) -> Tensor:
         """int64 [pairs]: the token of each pair, span by span."""
-        spans = self.span_owners
+        spans = self.pairs.owners
         return torch.arange(len(spans)) + (self.spans[:, 0] - self.span_offsets[:-1])[spans]
 
     @cached_property
-    def _by_token(self) -> Tensor:
+    def token_pairs(self) -> Tensor:
+        """int64 [pairs]: the pairs, of which ``span_tokens`` are the tokens, token by token."""
         return self.span_tokens.argsort(stable=True)
-
-    @cached_property
-    def token_offsets(self) -> Tensor:
-        """int64 [n + 1]: where each token's pairs begin."""
-        return _offsets(torch.bincount(self.span_tokens, minlength=self.num_tokens))
 
     @cached_property
     def token_spans(self) -> Tensor:
         """int64 [pairs]: the span of each pair, token by token."""
-        return self.span_owners[self._by_token]
+        return self.pairs.owners[self.token_pairs]
 
     @cached_property
-    def token_owners(self) -> Tensor:
-        """int64 [pairs]: the token of each pair, token by token."""
-        return self.span_tokens[self._by_token]
+    def _spans_of_token(self) -> Tensor:
+        return torch.bincount(self.span_tokens, minlength=self.num_tokens)
 
     @cached_property
     def covered(self) -> Tensor:
         """int64 [m]: the tokens that are in any span, sorted."""
-        return self.token_offsets.diff().nonzero()[:, 0]
+        return self._spans_of_token.nonzero()[:, 0]
 
-    def on(self, name: str, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-        """The attribute ``name`` on a device, copied there once."""
-        key = (name, device, dtype)
-        if key not in self._copies:
-            self._copies[key] = beside(getattr(self, name).to(dtype), device)
-        return self._copies[key]
+    @cached_property
+    def covered_offsets(self) -> Tensor:
+        """int64 [m + 1]: where each covered token's pairs begin in ``token_spans``."""
+        return _offsets(self._spans_of_token[self.covered])
 
 
 class SpanLayout:
@@ -98,9 +130,11 @@ class SpanLayout:
         num_tokens = check_bounds("cu_seqlens", cu_seqlens, None)
         self.members = Membership(spans, num_tokens)
         check_bounds("cu_spans", cu_spans, len(spans))
-        check_spans_within(spans, cu_spans, cu_seqlens)
-        self.cu_seqlens = cu_seqlens
-        self.cu_spans = cu_spans
+        if len(cu_spans) != len(cu_seqlens):
+            raise ValueError(f"cu_spans: want {len(cu_seqlens)} bounds as cu_seqlens has, got {len(cu_spans)}")
+        self.tokens = Segments(cu_seqlens)
+        self.spans = Segments(cu_spans)
+        check_spans_within(spans, self.spans.owners, cu_seqlens)
         self._groups: dict[int, list[Group]] = {}
 
     @property
@@ -108,20 +142,20 @@ class SpanLayout:
         """n"""
         return self.members.num_tokens
 
-    @cached_property
-    def cu_covered(self) -> Tensor:
-        """Bounds of each sequence's covered tokens, int64 [B + 1]."""
-        return torch.searchsorted(self.members.covered, self.cu_seqlens)
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Bounds of each sequence's tokens, int64 [B + 1]."""
+        return self.tokens.cu
+
+    @property
+    def cu_spans(self) -> Tensor:
+        """Bounds of each sequence's spans, int64 [B + 1]."""
+        return self.spans.cu
 
     @cached_property
-    def span_owner(self) -> Tensor:
-        """The sequence of each span, int64 [K]."""
-        return owners(self.cu_spans)
-
-    @cached_property
-    def covered_owner(self) -> Tensor:
-        """The sequence of each covered token, int64 [m]."""
-        return owners(self.cu_covered)
+    def covered(self) -> Segments:
+        """The covered tokens, sequence by sequence."""
+        return Segments(torch.searchsorted(self.members.covered, self.cu_seqlens))
 
     def groups(self, num_tokens: int) -> list[Group]:
         """The batch as runs of whole sequences of about ``num_tokens``: what is worked on at once."""
@@ -130,7 +164,8 @@ class SpanLayout:
         return self._groups[num_tokens]
 
     def _cut(self, num_tokens: int) -> Iterator[Group]:
-        bounds, cu_spans, cu_covered = (cu.tolist() for cu in (self.cu_seqlens, self.cu_spans, self.cu_covered))
+        bounds, cu_spans, cu_covered = (cu.tolist() for cu in (self.cu_seqlens, self.cu_spans, self.covered.cu))
+        cu_pairs = self.members.span_offsets
         first = 0
         for last in range(1, len(bounds)):
             if last + 1 < len(bounds) and bounds[last + 1] - bounds[first] <= num_tokens:
@@ -142,31 +177,25 @@ class SpanLayout:
                 self.members.spans[spans] - tokens.start,
                 self.cu_spans[first : last + 1] - spans.start,
             )
-            yield Group(tokens, spans, covered, inner)
+            members = slice(int(cu_pairs[spans.start]), int(cu_pairs[spans.stop]))
+            yield Group(tokens, spans, members, covered, inner)
             first = last
 
 
-class Group:
-    """Some whole sequences of a batch: slices into the batch's tokens, spans and covered tokens, and their layout."""
+class Group(NamedTuple):
+    """Some whole sequences of a batch: slices into the batch's values, and their own layout."""
 
-    def __init__(self, tokens: slice, spans: slice, covered: slice, layout: SpanLayout) -> None:
-        self.tokens, self.spans, self.covered, self.layout = tokens, spans, covered, layout
+    tokens: slice
+    spans: slice
+    pairs: slice
+    """Of (span, token), span by span."""
+    covered: slice
+    layout: SpanLayout
 
 
 def pairs(cu: Tensor) -> list[tuple[int, int]]:
     """[B + 1] bounds as B (start, end)."""
     return list(itertools.pairwise(cu.tolist()))
-
-
-def owners(cu: Tensor) -> Tensor:
-    """The segment of each value, int64 [N], of segments that ``cu`` [B + 1] bounds."""
-    return torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff())
-
-
-def tiles(cu: Tensor, size: int) -> Tensor:
-    """The launch grid over ragged rows: int32 [tiles, 3] of (first row, segment's start, segment's end)."""
-    rows = [(first, start, end) for start, end in pairs(cu) for first in range(start, end, size)]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
 
 
 class Run(NamedTuple):

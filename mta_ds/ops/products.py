@@ -44,11 +44,13 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a · b, in ``total``'s dtype whatever the factors'."""
+    """total += a · b, in ``total``'s dtype whatever the factors'; on a GPU no second matrix of its size exists."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total.add_(torch.mm(a, b) if _is_native(a) and not a.is_cuda else product(a, b))
+        total.add_(torch.mm(a, b) if _is_native(a) else product(a, b))
 
 
 def gram(x: Tensor) -> Tensor:

@@ -14,12 +14,21 @@ Letters: n tokens, K spans, B sequences, d features, S student, T teacher.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mta_ds.ops.arguments import check_bounds, check_rows, check_spans, check_teacher, check_vector
+from mta_ds.ops.arguments import (
+    check_bounds,
+    check_dtypes,
+    check_projection,
+    check_rows,
+    check_spans,
+    check_teacher,
+    check_vector,
+)
 
 STD_EPSILON = 1e-5
 # Scores that are held at once, 16 MB in fp32: a long sequence's n × n matrix is never whole.
@@ -35,33 +44,38 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         cu_seqlens: int64 [B + 1].
 
     Returns:
-        [n], positive, summing to 1 in each sequence; a sequence of one token has weight 1.
+        [n], not negative, summing to 1 in each sequence; a sequence of one token has weight 1.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    return log_token_weights(hidden, cu_seqlens).exp().to(_accumulating(hidden[:0]).dtype)
+
+
+@torch.no_grad()
+def log_token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Logarithms of :func:`token_weights`, float64 [n]: what they are made of underflows in no dtype."""
     check_rows("hidden", hidden)
     check_bounds("cu_seqlens", cu_seqlens, len(hidden))
     hidden = _accumulating(hidden)
-    weights = hidden.new_empty(len(hidden))
-    for start, end in _pairs(cu_seqlens):
-        weights[start:end] = _attention_received(hidden[start:end])
-    return weights
+    parts = [_log_attention_received(hidden[start:end]) for start, end in _pairs(cu_seqlens)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float64)
 
 
-def _attention_received(hidden: Tensor) -> Tensor:
-    """Token weights [n] of one sequence [n, d]: column means of softmax(Ĥ Ĥᵀ / √d) without its diagonal."""
+def _log_attention_received(hidden: Tensor) -> Tensor:
+    """Logarithms of the token weights [n] of one sequence [n, d]: column means of softmax(Ĥ Ĥᵀ / √d) without its
+    diagonal."""
     length, num_features = hidden.shape
     if length <= 1:
-        return hidden.new_ones(length)
+        return hidden.new_zeros(length, dtype=torch.float64)
     scaled = hidden / (hidden.std(dim=1, keepdim=True) + STD_EPSILON)
-    received = hidden.new_zeros(length)
+    received = hidden.new_full((length,), -torch.inf, dtype=torch.float64)
     num_rows = max(1, _BLOCK_SCORES // length)
     for first in range(0, length, num_rows):
         scores = scaled[first : first + num_rows] @ scaled.T * num_features**-0.5
         scores.diagonal(offset=first).fill_(-torch.inf)
-        received += scores.softmax(dim=1).sum(dim=0)
-    return received / length
+        received = torch.logaddexp(received, scores.log_softmax(dim=1).logsumexp(dim=0).double())
+    return received - math.log(length)
 
 
 def span_pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> Tensor:
@@ -69,7 +83,7 @@ def span_pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> Tensor:
 
     Args:
         hidden: [n, d].
-        weights: [n], no gradient.
+        weights: [n], not negative, no gradient.
         spans: int64 [K, 2], may overlap.
 
     Returns:
@@ -80,18 +94,24 @@ def span_pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> Tensor:
     """
     check_rows("hidden", hidden)
     check_vector("weights", weights, len(hidden))
+    check_dtypes(hidden=hidden, weights=weights)
     check_spans(spans, len(hidden))
-    weights = _accumulating(weights.detach())
-    owners, tokens = (index.to(hidden.device, non_blocking=True) for index in _members(spans))
-    shares = weights[tokens] * _inverse(_range_sums(weights, spans))[owners]
-    return _weighted_sums(_accumulating(hidden), spans, tokens, shares)
+    return _pool(hidden, _logs(weights), spans)
+
+
+def _pool(hidden: Tensor, logs: Tensor, spans: Tensor) -> Tensor:
+    """:func:`span_pool` by the weights' logarithms."""
+    hidden = _accumulating(hidden)
+    _, tokens = _members(spans)
+    shares, _ = _softmax(logs, spans)
+    return _weighted_sums(hidden, spans, tokens.to(hidden.device, non_blocking=True), shares.to(hidden.dtype))
 
 
 def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
     """Each span's share of its sequence's span weight (MTA eq. 9): ω_i = Σ_{t∈i} w_t / Σ_j Σ_{t∈j} w_t.
 
     Args:
-        weights: [n], no gradient.
+        weights: [n], not negative, no gradient.
         spans: int64 [K, 2].
         cu_spans: int64 [B + 1].
 
@@ -103,16 +123,16 @@ def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
     """
     check_vector("weights", weights, len(weights))
     check_spans(spans, len(weights))
-    return normalise_within(_range_sums(_accumulating(weights.detach()), spans), cu_spans)
+    check_bounds("cu_spans", cu_spans, len(spans))
+    _, mass = _softmax(_logs(weights), spans)
+    return _softmax(mass, _ranges(cu_spans))[0].to(_accumulating(weights[:0]).dtype)
 
 
 def normalise_within(values: Tensor, cu: Tensor) -> Tensor:
-    """Each value's share of the sum over its own segment; ``cu`` [B + 1] bounds the segments of ``values`` [N]."""
+    """Each value's share of the sum over its own segment; ``cu`` [B + 1] bounds the segments of ``values`` [N] >= 0."""
     check_vector("values", values, len(values))
     check_bounds("cu", cu, len(values))
-    totals = _range_sums(values, torch.stack([cu[:-1], cu[1:]], dim=1))
-    owner = torch.searchsorted(cu[1:].contiguous(), torch.arange(len(values), device=cu.device), right=True)
-    return values * _inverse(totals)[owner.to(values.device, non_blocking=True)]
+    return _softmax(_logs(values), _ranges(cu))[0].to(_accumulating(values[:0]).dtype)
 
 
 def covered_tokens(spans: Tensor, num_tokens: int) -> Tensor:
@@ -147,6 +167,7 @@ def dsa(student: Tensor, teacher: Tensor, span_weights: Tensor, cu_spans: Tensor
     check_rows("teacher", teacher, len(student))
     check_teacher("teacher", teacher)
     check_vector("span_weights", span_weights, len(student))
+    check_dtypes(student=student, teacher=teacher, span_weights=span_weights)
     check_bounds("cu_spans", cu_spans, len(student))
     student, teacher = _unit(_accumulating(student)), _unit(_accumulating(teacher))
     omega = _accumulating(span_weights.detach())
@@ -181,12 +202,49 @@ def hid(student: Tensor, projection: Tensor, teacher: Tensor, token_weights: Ten
     check_rows("teacher", teacher, len(student))
     check_teacher("teacher", teacher)
     check_vector("token_weights", token_weights, len(student))
-    check_rows("projection", projection)
-    if projection.shape != (teacher.shape[1], student.shape[1]):
-        raise ValueError(f"projection: want [{teacher.shape[1]}, {student.shape[1]}], got {list(projection.shape)}")
+    check_projection(projection, student, teacher)
+    check_dtypes(student=student, projection=projection, teacher=teacher, token_weights=token_weights)
     projected = _unit(_accumulating(student) @ _accumulating(projection).T)
     cosine = (projected * _unit(_accumulating(teacher))).sum(dim=1)
     return _accumulating(token_weights.detach()) @ (1 - cosine)
+
+
+def align_layer(
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor,
+    cu_seqlens: Tensor,
+    spans: Tensor,
+    cu_spans: Tensor,
+    reduction: str = "sequence_mean",
+    student_weights: str = "own",
+    teacher_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A key layer's sums, see :func:`mta_ds.ops.align_layer`, op by op; by the weights' logarithms from end to end.
+
+    Returns:
+        DSA's sum, Σ_b Z_b and Hid's sum; the first and the last differentiable in ``student`` and ``projection``.
+    """
+    theirs = log_token_weights(teacher, cu_seqlens) if teacher_weights is None else _logs(teacher_weights)
+    ours = theirs if student_weights == "teacher" else log_token_weights(student, cu_seqlens)
+    _, mass = _softmax(theirs, spans)
+    states = _unit(_pool(student, ours, spans)), _unit(_pool(teacher, theirs, spans))
+    dsa_sum, normaliser = states[0].sum() * 0.0, states[0].new_zeros(())
+    for start, end in _pairs(cu_spans):
+        log_omega = _log_shares(mass[start:end])
+        pairs = (log_omega[:, None] + log_omega).fill_diagonal_(-torch.inf)
+        normaliser = normaliser + pairs.exp().sum().to(normaliser.dtype)
+        if reduction == "sequence_mean":  # X / Z, however small Z is
+            pairs = _log_shares(pairs)
+        cosines = (side[start:end] @ side[start:end].T for side in states)
+        gap = torch.sub(*cosines)
+        dsa_sum = dsa_sum + (pairs.exp().to(gap.dtype) * gap.square()).sum()
+    tokens = covered_tokens(spans, len(student))
+    weights = theirs[tokens].exp()
+    if reduction != "paper":
+        weights, _ = _softmax(theirs[tokens], _ranges(torch.searchsorted(tokens, cu_seqlens)))
+    hid_sum = hid(student[tokens], projection, teacher[tokens], weights.to(states[0].dtype))
+    return dsa_sum, normaliser, hid_sum
 
 
 def trajectory(
@@ -231,13 +289,32 @@ def trajectory(
     return kl, 1 - (_unit(ours) * _unit(theirs)).sum(-1)
 
 
-def _range_sums(values: Tensor, ranges: Tensor) -> Tensor:
-    """Σ of ``values`` [N] over each half-open range [K, 2] of them, [K]."""
-    _, tokens = _members(ranges)
-    return _weighted_sums(values[:, None], ranges, tokens.to(values.device, non_blocking=True), None)[:, 0]
+def _softmax(logs: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """What each value weighs in each range [K, 2] that it is in, range by range, and the logarithm of each range's sum;
+    of logarithms float64 [N]. A range without weight has shares of zero and a sum of -inf."""
+    owners, members = (index.to(logs.device, non_blocking=True) for index in _members(ranges))
+    top = logs.new_full((len(ranges),), -torch.inf).scatter_reduce(0, owners, logs[members], "amax")
+    top = torch.where(top == -torch.inf, 0.0, top)
+    shares = (logs[members] - top[owners]).exp()
+    total = logs.new_zeros(len(ranges)).index_add(0, owners, shares)
+    return shares / torch.where(total == 0, 1.0, total)[owners], total.log() + top
 
 
-def _weighted_sums(rows: Tensor, ranges: Tensor, members: Tensor, weights: Tensor | None) -> Tensor:
+def _log_shares(logs: Tensor) -> Tensor:
+    """Of their sum; -inf where all are."""
+    total = logs.flatten().logsumexp(dim=0)
+    return torch.where(total == -torch.inf, logs, logs - total)
+
+
+def _logs(weights: Tensor) -> Tensor:
+    return weights.detach().double().log()
+
+
+def _ranges(cu: Tensor) -> Tensor:
+    return torch.stack([cu[:-1], cu[1:]], dim=1)
+
+
+def _weighted_sums(rows: Tensor, ranges: Tensor, members: Tensor, weights: Tensor) -> Tensor:
     """Σ of ``rows`` [N, d] over each range's ``members``, each times its weight; [K, d], no [members, d] copy."""
     lengths = ranges[:, 1] - ranges[:, 0]
     offsets = (lengths.cumsum(0) - lengths).to(rows.device, non_blocking=True)
@@ -259,11 +336,6 @@ def _unit(x: Tensor) -> Tensor:
     square = x.square().sum(dim=1, keepdim=True)
     nonzero = square > 0
     return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 for 0."""
-    return torch.where(x == 0, 0.0, 1 / torch.where(x == 0, 1.0, x))
 
 
 def _accumulating(x: Tensor) -> Tensor:

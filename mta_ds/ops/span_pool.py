@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mta_ds.ops.arguments import check_bounds, check_rows, check_together, check_vector
+from mta_ds.ops.arguments import check_bounds, check_dtypes, check_rows, check_together, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import Membership, beside, owners
+from mta_ds.ops.layout import Membership, Segments
 from mta_ds.ops.products import accumulating
-
-
-class Pooled(NamedTuple):
-    """Span states with what their gradient needs."""
-
-    states: Tensor
-    """[K, d]"""
-    mass: Tensor
-    """Σ_{t∈i} w_t, [K]."""
+from mta_ds.ops.segments import softmax_within
 
 
 def span_pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> Tensor:
@@ -28,7 +20,7 @@ def span_pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> Tensor:
 
     Args:
         hidden: [n, d].
-        weights: [n], no gradient.
+        weights: [n], not negative, no gradient; what counts is their ratios within a span, however small they are.
         spans: half-open token ranges int64 [K, 2] on the CPU, may overlap.
 
     Returns:
@@ -40,62 +32,89 @@ def span_pool(hidden: Tensor, weights: Tensor, spans: Tensor) -> Tensor:
     check_rows("hidden", hidden)
     check_vector("weights", weights, len(hidden))
     check_together(hidden=hidden, weights=weights)
+    check_dtypes(hidden=hidden, weights=weights)
+    members = Membership(spans, len(hidden))
     states: Tensor = _SpanPool.apply(  # type: ignore[no-untyped-call]
-        hidden, accumulating(weights.detach()), Membership(spans, len(hidden))
+        hidden, span_shares(_logs(weights), members, hidden)[0], members
     )
     return states
 
 
 class _SpanPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weights: Tensor, members: Membership) -> Tensor:
-        pooled = pool(hidden, weights, members)
-        ctx.save_for_backward(weights, pooled.mass)
+    def forward(ctx: Any, hidden: Tensor, shares: Tensor, members: Membership) -> Tensor:
+        ctx.save_for_backward(shares)
         ctx.members, ctx.dtype = members, hidden.dtype
-        return pooled.states
+        return pool(hidden, shares, members)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weights, mass = ctx.saved_tensors
-        return pool_gradient(upstream, weights, mass, ctx.members).to(ctx.dtype), None, None
+        (shares,) = ctx.saved_tensors
+        members: Membership = ctx.members
+        gradient = upstream.new_empty(members.num_tokens, upstream.shape[1], dtype=ctx.dtype)
+        scatter(gradient, pool_gradient(upstream, shares, members), members)
+        return gradient, None, None
 
 
-def pool(hidden: Tensor, weights: Tensor, members: Membership) -> Pooled:
-    """:func:`span_pool` without a graph; ``weights`` [n] in the accumulating dtype."""
-    if backend_of(hidden) == "triton" and hidden.dtype != torch.float64:
-        import mta_ds.ops.kernels.span_pool as kernels
+def span_shares(logs: Tensor, members: Membership, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's share of each of its spans, w_t / Σ_{t∈i} w_t, and log Σ_{t∈i} w_t.
 
-        return Pooled(*kernels.pool(hidden, weights, members.on("spans", hidden.device, torch.int32)))
-    names = ("span_tokens", "span_owners", "span_offsets")
-    tokens, spans, offsets = (members.on(name, hidden.device) for name in names)
-    mass = _bags(weights[:, None], tokens, offsets)[:, 0]
-    return Pooled(_bags(accumulating(hidden), tokens, offsets, weights[tokens] * _inverse(mass)[spans]), mass)
+    Args:
+        logs: log w, float64 [n].
+        like: states that will be pooled.
 
-
-def pool_gradient(
-    upstream: Tensor, weights: Tensor, mass: Tensor, members: Membership, factor: Tensor | None = None
-) -> Tensor:
-    """∂/∂hidden [n, d] of pooled states with this upstream gradient [K, d]: factor · w_t Σ_{i∋t} upstream_i / mass_i.
-
-    Each token gathers from its spans, so that the sums have one order and need no atomics.
+    Returns:
+        [pairs], span by span, in the accumulating dtype of ``like``, and float64 [K].
     """
-    inverse = _inverse(mass) if factor is None else _inverse(mass) * factor
-    if backend_of(upstream) == "triton" and upstream.dtype != torch.float64:
+    tokens = members.on("span_tokens", logs.device)
+    return softmax_within(logs[tokens], members.pairs, accumulating(like[:0]).dtype)
+
+
+def pool(hidden: Tensor, shares: Tensor, members: Membership) -> Tensor:
+    """Span states [K, d], the sum of each span's tokens times their ``shares`` [pairs]; no graph."""
+    if backend_of(hidden) == "triton":
         import mta_ds.ops.kernels.span_pool as kernels
 
-        names = ("token_spans", "token_offsets")
+        spans, offsets = (members.on(name, hidden.device, torch.int32) for name in ("spans", "span_offsets"))
+        return kernels.pool(hidden, shares, spans, offsets)
+    tokens, offsets = (members.on(name, hidden.device) for name in ("span_tokens", "span_offsets"))
+    return _bags(accumulating(hidden), tokens, offsets, shares)
+
+
+def pool_gradient(upstream: Tensor, shares: Tensor, members: Membership, factor: Tensor | None = None) -> Tensor:
+    """∂/∂hidden of pooled states with this upstream gradient [K, d], at the covered tokens alone: elsewhere it is zero.
+
+    Each token gathers from its spans, factor · Σ_{i∋t} share_ti · upstream_i, so that the sums have one order and need
+    no atomics.
+
+    Returns:
+        [m, d] in the accumulating dtype.
+    """
+    pairs = members.on("token_pairs", upstream.device)
+    by_token = shares[pairs] if factor is None else shares[pairs] * factor
+    names = ("token_spans", "covered_offsets")
+    if backend_of(upstream) == "triton":
+        import mta_ds.ops.kernels.span_pool as kernels
+
         spans, offsets = (members.on(name, upstream.device, torch.int32) for name in names)
-        return kernels.pool_gradient(upstream * inverse[:, None], weights, spans, offsets)
-    pairs = ("token_spans", "token_owners", "token_offsets")
-    spans, tokens, offsets = (members.on(name, upstream.device) for name in pairs)
-    return _bags(accumulating(upstream), spans, offsets, weights[tokens] * inverse[spans])
+        return kernels.pool_gradient(upstream, by_token, spans, offsets)
+    spans, offsets = (members.on(name, upstream.device) for name in names)
+    return _bags(accumulating(upstream), spans, offsets, by_token)
+
+
+def scatter(out: Tensor, rows: Tensor, members: Membership) -> None:
+    """Put the covered tokens' ``rows`` [m, d] into ``out`` [n, d], rounded to its dtype once, beside zeros."""
+    if len(rows) == len(out):
+        out.copy_(rows)
+    else:  # each token once: there is no order to keep
+        out.zero_().index_copy_(0, members.on("covered", out.device), rows.to(out.dtype))
 
 
 def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
     """Each span's share of its sequence's span weight: ω_i = Σ_{t∈i} w_t / Σ_j Σ_{t∈j} w_t.
 
     Args:
-        weights: [n], no gradient.
+        weights: [n], not negative, no gradient.
         spans: int64 [K, 2] on the CPU.
         cu_spans: int64 [B + 1] on the CPU.
 
@@ -107,38 +126,33 @@ def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
     """
     check_vector("weights", weights, len(weights))
     members = Membership(spans, len(weights))
-    tokens, offsets = (members.on(name, weights.device) for name in ("span_tokens", "span_offsets"))
-    return normalise_within(_bags(accumulating(weights.detach())[:, None], tokens, offsets)[:, 0], cu_spans)
+    check_bounds("cu_spans", cu_spans, len(spans))
+    _, log_mass = span_shares(_logs(weights), members, weights)
+    return softmax_within(log_mass, Segments(cu_spans), accumulating(weights[:0]).dtype)[0]
 
 
-def normalise_within(values: Tensor, cu: Tensor, owner: Tensor | None = None) -> Tensor:
+def normalise_within(values: Tensor, cu: Tensor) -> Tensor:
     """Each value's share of the sum over its own segment.
 
     Args:
-        values: [N].
+        values: [N], not negative, no gradient.
         cu: bounds of the segments, int64 [B + 1] on the CPU.
-        owner: the segment of each value, int64 [N] on the CPU, where that is known already.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
     """
     check_vector("values", values, len(values))
     check_bounds("cu", cu, len(values))
-    totals = segment_sums(values, cu)
-    owner = owners(cu) if owner is None else owner
-    return values * _inverse(totals)[beside(owner, values.device)]
+    return softmax_within(_logs(values), Segments(cu), accumulating(values[:0]).dtype)[0]
 
 
-def segment_sums(values: Tensor, cu: Tensor) -> Tensor:
-    """Σ of ``values`` [N] over each segment that ``cu`` [B + 1] bounds, [B]; always in the same order."""
-    every = torch.arange(len(values), device=values.device)
-    return _bags(values[:, None], every, beside(cu, values.device))[:, 0]
+def _logs(weights: Tensor) -> Tensor:
+    # float64 before the logarithm: of a subnormal fp32 it is exact
+    return weights.detach().double().log()
 
 
-def _bags(rows: Tensor, members: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+def _bags(rows: Tensor, members: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """Σ of ``rows`` [N, d] over each bag of ``members``, times their ``weights``; no [members, d] copy, no atomics."""
     if len(offsets) == 1 or len(members) == 0:
         return rows.new_zeros(len(offsets) - 1, rows.shape[1])
     return embedding_bag(members, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 for 0."""
-    return x.reciprocal().masked_fill_(x == 0, 0.0)

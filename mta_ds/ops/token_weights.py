@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_rows, check_vector
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.layout import row_blocks, runs
+from mta_ds.ops.layout import Segments, row_blocks, runs
 from mta_ds.ops.products import accumulating, gram
 from mta_ds.ops.reference import STD_EPSILON
 from mta_ds.ops.span_pool import normalise_within
@@ -17,6 +17,8 @@ from mta_ds.ops.span_pool import normalise_within
 # Scores of a CPU at once, 2 MB in fp32, and tokens that are centred at once.
 _BLOCK_SCORES = 1 << 19
 _BLOCK_TOKENS = 1024
+# Of the smallest normal number: below, what is added to a weight has lost digits of its own.
+_SAFE = 1e8
 
 
 @torch.no_grad()
@@ -28,22 +30,28 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         cu_seqlens: int64 [B + 1] on the CPU.
 
     Returns:
-        [n] in fp32 (float64 stays), positive, summing to 1 in each sequence; a sequence of one token has weight 1. A
-        NaN or Inf in a sequence makes all its weights NaN.
+        [n] in fp32 (float64 stays), not negative, summing to 1 in each sequence; a sequence of one token has weight 1.
+        A NaN or Inf in a sequence makes all its weights NaN.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
     check_rows("hidden", hidden)
     check_bounds("cu_seqlens", cu_seqlens, len(hidden))
-    if backend_of(hidden) == "triton" and hidden.dtype != torch.float64:
+    return log_token_weights(hidden, Segments(cu_seqlens)).exp_().to(accumulating(hidden[:0]).dtype)
+
+
+@torch.no_grad()
+def log_token_weights(hidden: Tensor, sequences: Segments) -> Tensor:
+    """Logarithms of :func:`token_weights`, float64 [n]: finite however little a token is attended to."""
+    if backend_of(hidden) == "triton":
         import mta_ds.ops.kernels.token_weights as kernels
 
-        return kernels.token_weights(hidden, cu_seqlens)
-    weights = hidden.new_empty(len(hidden), dtype=accumulating(hidden[:0]).dtype)
-    for _, run in runs(cu_seqlens, _BLOCK_SCORES):
-        weights[run.rows] = _attention_received(accumulating(run.of(hidden))).view(-1)
-    return weights
+        return kernels.log_token_weights(hidden, sequences)
+    logs = hidden.new_empty(len(hidden), dtype=torch.float64)
+    for _, run in runs(sequences.cu, _BLOCK_SCORES):
+        logs[run.rows] = _log_attention_received(accumulating(run.of(hidden))).view(-1)
+    return logs
 
 
 @torch.no_grad()
@@ -69,21 +77,47 @@ def entropy_weights(entropies: Tensor, vocab_size: int, cu_seqlens: Tensor) -> T
     return normalise_within(sure, cu_seqlens)
 
 
-def _attention_received(hidden: Tensor) -> Tensor:
-    """Token weights [c, n] of c sequences [c, n, d]; a block of rows at a time, whose softmax is exact by itself."""
+def _log_attention_received(hidden: Tensor) -> Tensor:
+    """Logarithms of the token weights [c, n] of c sequences [c, n, d].
+
+    Sums of softmaxes are what a CPU does fastest; the rare sequence in which one underflows goes by logarithms again.
+    """
     count, length, _ = hidden.shape
     whole = gram(hidden) if count * length**2 <= _BLOCK_SCORES else None
     squares = torch.linalg.vector_norm(hidden, dim=2).square_() if whole is None else whole.diagonal(dim1=1, dim2=2)
     scales = _scales(hidden, squares)
     if length <= 1:
-        return torch.ones_like(scales) + 0.0 * scales
+        return (0.0 * scales).double()  # its weight is 1, or NaN with its state
+    if hidden.is_cuda:  # nobody waits to see whether one underflows
+        return _log_sums(hidden, scales) - math.log(length)
     received = torch.zeros_like(scales)
     for rows in row_blocks(length, _BLOCK_SCORES // (count * length)):
-        scores = torch.bmm(hidden[:, rows], hidden.mT) if whole is None else whole
-        scores.mul_(scales[:, rows, None]).mul_(scales[:, None])
-        scores.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(-torch.inf)
+        scores = _scores(hidden, scales, rows, whole)
         received += torch.softmax(scores, dim=2, out=scores).sum(dim=1)
-    return received / length
+    logs = received.double().log_()
+    lost = received < _SAFE * torch.finfo(received.dtype).tiny
+    if bool(lost.any()):
+        again = lost.any(dim=1)
+        logs[again] = torch.where(lost[again], _log_sums(hidden[again], scales[again]), logs[again])
+    return logs.sub_(math.log(length))
+
+
+def _log_sums(hidden: Tensor, scales: Tensor) -> Tensor:
+    """Logarithms of what the tokens of c sequences receive, float64 [c, n]; no number on the way leaves its range."""
+    count, length, _ = hidden.shape
+    logs = torch.full_like(scales, -torch.inf, dtype=torch.float64)
+    for rows in row_blocks(length, _BLOCK_SCORES // (count * length)):
+        shares = _scores(hidden, scales, rows).log_softmax(dim=2)
+        logs = torch.logaddexp(logs, shares.logsumexp(dim=1).double())
+    return logs
+
+
+def _scores(hidden: Tensor, scales: Tensor, rows: slice, whole: Tensor | None = None) -> Tensor:
+    """S [c, rows, n] of some tokens with all of their sequence, in place of ``whole`` products where they exist."""
+    scores = torch.bmm(hidden[:, rows], hidden.mT) if whole is None else whole
+    scores.mul_(scales[:, rows, None]).mul_(scales[:, None])
+    scores.diagonal(offset=rows.start, dim1=1, dim2=2).fill_(-torch.inf)
+    return scores
 
 
 def _scales(hidden: Tensor, squares: Tensor) -> Tensor:
@@ -92,7 +126,8 @@ def _scales(hidden: Tensor, squares: Tensor) -> Tensor:
     means = hidden.mean(dim=2)
     of_means = means.square().mul_(num_features)
     # where this subtraction costs a bit at most, it saves a centred copy; torch.std takes as long as the scores
-    if hidden.dtype != torch.float64 and bool((of_means <= 0.5 * squares).all()):
+    by_means = hidden.dtype != torch.float64 and not hidden.is_cuda  # where nobody waits for what the sums are
+    if by_means and bool((of_means <= 0.5 * squares).all()):
         norms = (squares - of_means).sqrt_()
     else:
         norms = _centred_norms(hidden.flatten(0, 1), means.view(-1, 1)).view_as(means)

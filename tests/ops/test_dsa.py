@@ -6,10 +6,11 @@ import importlib
 
 import pytest
 import torch
-from op_cases import assert_matches, bounds, random
+from op_cases import Largest, assert_matches, bounds, random
 
 from mta_ds.ops import dsa, reference
 
+op = importlib.import_module("mta_ds.ops.dsa")
 COUNTS = (65, 1, 0, 2, 130, 64, 63)
 CU_SPANS = bounds(COUNTS)
 
@@ -37,8 +38,28 @@ def test_equals_the_reference(backend, dtype, widths):
 
 
 def test_many_spans_go_in_blocks(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("mta_ds.ops.dsa"), "_BLOCK_PAIRS", 700)
+    monkeypatch.setattr(op, "_BLOCK_PAIRS", 700)
     check(random(sum(COUNTS), 9), random(sum(COUNTS), 12, seed=1), random_omega())
+
+
+def test_more_spans_than_tiles_have(backend):
+    check(random(257, 5), random(257, 7, seed=1), random_omega((257,)), bounds([257]))
+
+
+def test_two_thousand_spans_and_no_matrix_of_them():
+    student, teacher = random(2000, 8).requires_grad_(), random(2000, 9, seed=1)
+    with Largest() as seen:
+        dsa(student, teacher, random_omega((2000,)), bounds([2000]))[0].sum().backward()
+    assert seen.elements <= op._BLOCK_PAIRS < 2000**2 / 4
+    check(student.detach(), teacher, random_omega((2000,)), bounds([2000]))
+
+
+def test_wide_states(backend):
+    check(random(5, 8192), random(5, 8192, seed=1), random_omega((3, 2)), bounds([3, 2]))
+
+
+def test_no_memory_is_read_before_it_is_written(backend, poisoned):
+    check(random(sum(COUNTS), 20), random(sum(COUNTS), 12, seed=1), random_omega())
 
 
 def test_it_keeps_its_digits_where_student_and_teacher_nearly_agree(backend):
@@ -67,6 +88,12 @@ def test_wrong_arguments_are_named():
         dsa(states, states[:3], omega, cu)
     with pytest.raises(ValueError, match="teacher: must not require grad"):
         dsa(states, states.clone().requires_grad_(), omega, cu)
+    with pytest.raises(ValueError, match="teacher: float64 goes with float64 only"):
+        dsa(states, states.double(), omega, cu)
+    with pytest.raises(ValueError, match="span_weights: float64 goes with float64 only"):
+        dsa(states, states, omega.double(), cu)
+    with pytest.raises(ValueError, match="student: gradients underflow in float16"):
+        dsa(states.half(), states, omega, cu)
     with pytest.raises(ValueError, match="cu_spans: want bounds from 0 to 4"):
         dsa(states, states, omega, torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"span_weights: want floating \[4\]"):

@@ -43,7 +43,8 @@ def test_a_key_layer_equals_the_reference_and_is_not_waited_for(device, dtype, w
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     exact = {name: value.double().requires_grad_() for name, value in inputs.items()}
-    dsa, hid = by_reference(*exact.values(), teacher.double(), layout)
+    layout_tensors = layout.cu_seqlens, layout.members.spans, layout.cu_spans
+    dsa, _, hid = reference.align_layer(exact["student"], teacher.double(), exact["projection"], *layout_tensors)
     (2.0 * dsa + 0.2 * hid).backward()
     rtol, atol = TOLERANCE[dtype]
     torch.testing.assert_close(terms.dsa.cpu().double(), dsa.detach(), rtol=rtol, atol=atol)
@@ -55,19 +56,3 @@ def test_a_key_layer_equals_the_reference_and_is_not_waited_for(device, dtype, w
         torch.testing.assert_close(
             leaf.grad.cpu().double(), expected, **close, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-def by_reference(student, projection, teacher, layout):
-    """The two sums with ``sequence_mean``."""
-    spans, cu_spans, cu_seqlens = layout.members.spans, layout.cu_spans, layout.cu_seqlens
-    weights, own = reference.token_weights(teacher, cu_seqlens), reference.token_weights(student, cu_seqlens)
-    x, z = reference.dsa(
-        reference.span_pool(student, own, spans),
-        reference.span_pool(teacher, weights, spans),
-        reference.span_weights(weights, spans, cu_spans),
-        cu_spans,
-    )
-    tokens = reference.covered_tokens(spans, len(student))
-    covered = reference.normalise_within(weights[tokens], torch.searchsorted(tokens, cu_seqlens))
-    x = torch.where(z > 0, x / torch.where(z > 0, z, 1.0), 0.0)
-    return x.sum(), reference.hid(student[tokens], projection, teacher[tokens], covered)

@@ -7,7 +7,7 @@ import torch
 from op_cases import LENGTHS, bounds, random_spans
 
 from mta_ds.ops import SpanLayout
-from mta_ds.ops.layout import Membership, runs, tiles
+from mta_ds.ops.layout import Membership, Segments, runs
 
 COUNTS = (9, 1, 30, 0, 3, 8)
 CU_SEQLENS = bounds(LENGTHS)
@@ -20,10 +20,11 @@ def test_members_both_ways():
     assert members.span_tokens.tolist() == [t for _, t in pairs]
     by_token = sorted((t, i) for i, t in pairs)
     assert members.token_spans.tolist() == [i for _, i in by_token]
-    for t in range(sum(LENGTHS)):
-        first, last = members.token_offsets[t : t + 2].tolist()
-        assert members.token_spans[first:last].tolist() == [i for i, token in pairs if token == t]
+    assert [pairs[k] for k in members.token_pairs.tolist()] == [(i, t) for t, i in by_token]
     assert members.covered.tolist() == sorted({t for _, t in pairs})
+    for row, t in enumerate(members.covered.tolist()):
+        first, last = members.covered_offsets[row : row + 2].tolist()
+        assert members.token_spans[first:last].tolist() == [i for i, token in pairs if token == t]
     assert members.on("covered", torch.device("cpu")) is members.on("covered", torch.device("cpu"))
 
 
@@ -31,15 +32,22 @@ def test_members_both_ways():
 def test_groups_are_whole_sequences_and_all_of_them(size):
     layout = SpanLayout(CU_SEQLENS, SPANS, CU_SPANS)
     groups = layout.groups(size)
-    for whole, part in ((sum(LENGTHS), "tokens"), (len(SPANS), "spans"), (len(layout.members.covered), "covered")):
+    members = layout.members
+    for whole, part in (
+        (sum(LENGTHS), "tokens"),
+        (len(SPANS), "spans"),
+        (len(members.span_tokens), "pairs"),
+        (len(members.covered), "covered"),
+    ):
         slices = [getattr(group, part) for group in groups]
         assert [i for s in slices for i in range(s.start, s.stop)] == list(range(whole))
     for group in groups:
         inner = group.layout
         assert len(inner.cu_seqlens) == 2 or inner.num_tokens <= size
         assert torch.equal(inner.members.spans + group.tokens.start, SPANS[group.spans])
-        assert torch.equal(inner.members.covered + group.tokens.start, layout.members.covered[group.covered])
-        assert inner.cu_covered[-1] == len(inner.members.covered)
+        assert torch.equal(inner.members.span_tokens + group.tokens.start, members.span_tokens[group.pairs])
+        assert torch.equal(inner.members.covered + group.tokens.start, members.covered[group.covered])
+        assert inner.covered.cu[-1] == len(inner.members.covered)
 
 
 def test_runs_are_segments_of_one_length():
@@ -56,10 +64,15 @@ def test_runs_are_segments_of_one_length():
 
 
 def test_tiles_cover_every_row_once():
-    grid = tiles(CU_SEQLENS, 64)
+    segments = Segments(CU_SEQLENS)
+    grid = segments.tiles
     rows = [row for first, start, end in grid.tolist() for row in range(first, min(first + 64, end)) if row >= start]
     assert rows == list(range(sum(LENGTHS))) and grid.dtype == torch.int32
-    assert tiles(bounds([]), 64).shape == tiles(bounds([0, 0]), 64).shape == (0, 3)
+    assert Segments(bounds([])).tiles.shape == Segments(bounds([0, 0])).tiles.shape == (0, 3)
+    # layers share what is copied beside their tensors
+    cpu = torch.device("cpu")
+    assert segments.on("tiles", cpu, torch.int32) is segments.on("tiles", cpu, torch.int32)
+    assert segments.owners.tolist() == [i for i, length in enumerate(LENGTHS) for _ in range(length)]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
-from op_cases import LENGTHS, assert_matches, bounds, random
+from op_cases import LENGTHS, Largest, assert_matches, bounds, random
 
 from mta_ds.ops import entropy_weights, reference, token_weights
+from mta_ds.ops.layout import Segments
 
+op = importlib.import_module("mta_ds.ops.token_weights")
 CU_SEQLENS = bounds(LENGTHS)
 
 
@@ -31,7 +33,7 @@ def test_equals_the_reference(backend, dtype, width):
 
 
 def test_a_long_sequence_goes_in_blocks(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("mta_ds.ops.token_weights"), "_BLOCK_SCORES", 300)
+    monkeypatch.setattr(op, "_BLOCK_SCORES", 300)
     check(random(sum(LENGTHS), 20))
 
 
@@ -58,6 +60,54 @@ def test_what_is_not_finite_shows_in_its_sequence_alone(backend, bad, lengths):
     assert weights[0].isnan().all() and weights[1].isfinite().all()
 
 
+@pytest.mark.parametrize("gap", [80.0, 90.0, 101.0, 300.0])
+def test_a_weight_that_fp32_cannot_hold_has_a_logarithm(backend, crowd, gap):
+    hidden = torch.cat([random(5, 64), crowd(gap), random(1, 64)])
+    cu_seqlens = bounds((5, 7, 1))
+    logs = op.log_token_weights(hidden, Segments(cu_seqlens))
+    assert logs.dtype == torch.float64 and float(logs[11]) < 2 - gap
+    # a score of 136 has an ulp of 1.5e-5
+    torch.testing.assert_close(logs, reference.log_token_weights(hidden.double(), cu_seqlens), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(token_weights(hidden, cu_seqlens), logs.exp().float())
+
+
+def test_a_large_mean_leaves_even_float64(backend):
+    hidden = random(33, 1600, dtype=torch.float64) + 6.0
+    hidden[-1] -= 7.0
+    logs = op.log_token_weights(hidden, Segments(bounds([33])))
+    assert -2000 < float(logs[-1]) < -1000
+    torch.testing.assert_close(logs, reference.log_token_weights(hidden, bounds([33])))
+
+
+def test_what_underflows_among_blocks(monkeypatch, crowd):
+    monkeypatch.setattr(op, "_BLOCK_SCORES", 20)
+    hidden = torch.cat([crowd(95.0), crowd(5.0)])
+    logs = op.log_token_weights(hidden, Segments(bounds([7, 7])))
+    expected = reference.log_token_weights(hidden.double(), bounds([7, 7]))
+    torch.testing.assert_close(logs, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_states(backend, dtype):
+    check(random(5, 8192, dtype=dtype), bounds([3, 2]))
+
+
+def test_four_thousand_tokens_and_no_matrix_of_them():
+    hidden = random(4096, 8)
+    with Largest() as seen:
+        token_weights(hidden, bounds([4096]))
+    assert seen.elements <= op._BLOCK_SCORES < 4096**2 / 16
+    check(hidden, bounds([4096]))
+
+
+def test_a_thousand_tokens_go_in_tiles(backend):
+    check(random(1000, 8), bounds([1000]))
+
+
+def test_no_memory_is_read_before_it_is_written(backend, poisoned):
+    check(random(sum(LENGTHS), 20))
+
+
 def test_no_tokens(backend):
     assert token_weights(torch.zeros(0, 4), bounds([])).shape == (0,)
     assert token_weights(torch.zeros(0, 4), bounds([0, 0])).shape == (0,)
@@ -75,6 +125,8 @@ def test_wrong_arguments_are_named():
             token_weights(hidden, cu)
     with pytest.raises(ValueError, match="hidden: want a floating matrix"):
         token_weights(hidden.long(), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="hidden: want at least one feature"):
+        token_weights(hidden[:, :0], torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

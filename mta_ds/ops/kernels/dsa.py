@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_ds.ops.kernels.launch import Specialisation, dot, gram_tile
-from mta_ds.ops.layout import beside, tiles
-from mta_ds.ops.span_pool import segment_sums
+from mta_ds.ops.kernels.segments import sums_within
+from mta_ds.ops.layout import TILE_ROWS, Segments
 
-ROWS, COLUMNS, FEATURES = 64, 64, 16
+ROWS, COLUMNS, FEATURES = TILE_ROWS, 64, 16
 PRECISION = "tf32x3"
 
 
@@ -100,19 +100,20 @@ def _align(
 
 
 def align(
-    student: Tensor, teacher: Tensor, student_inverse: Tensor, teacher_inverse: Tensor, omega: Tensor, cu_spans: Tensor
+    student: Tensor, teacher: Tensor, student_inverse: Tensor, teacher_inverse: Tensor, omega: Tensor, spans: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X [B], Z [B] and ∂X/∂student [K, d_S], all fp32; ``*_inverse`` [K] are 1 / |row|, or 0."""
     student, teacher, omega = student.contiguous(), teacher.contiguous(), omega.contiguous()
     gradient = torch.empty_like(student)
     values, normalisers = torch.empty_like(omega), torch.empty_like(omega)
-    grid = beside(tiles(cu_spans, ROWS), student.device)
+    grid = spans.on("tiles", student.device, torch.int32)
     if len(grid):
         _align[len(grid),](
             student, teacher, student_inverse, teacher_inverse, omega, grid, values, normalisers, gradient,
             student.shape[1], teacher.shape[1], PRECISION, ROWS, COLUMNS, FEATURES, num_warps=8, num_stages=2,
         )  # fmt: skip
-    return segment_sums(values, cu_spans), segment_sums(normalisers, cu_spans), gradient
+    cu = spans.on("cu", student.device)
+    return sums_within(values, cu), sums_within(normalisers, cu), gradient
 
 
 def specialisations(width: int) -> list[Specialisation]:

@@ -2,10 +2,11 @@
 
     S_st = <H_s, H_t> c_s c_t,    c_t = d^-¼ / (std(H_t) + 1e-5),    S_tt = -inf
     lse_s = log Σ_t exp S_st
-    w_t   = (1/n) Σ_s exp(S_st - lse_s)
+    log w_t = log Σ_s exp(S_st - lse_s) - log n
 
 S is symmetric, so a program owns a tile of tokens and walks the other tokens of its sequence in both passes: once as
-rows whose exponentials it sums, once as columns whose shares it sums. Sums have one order and no atomics. Memory beside
+rows whose exponentials it sums, once as columns whose shares it sums, both beside the largest, so that no weight
+underflows. Sums have one order and no atomics. Memory beside
 the states is O(n); the scores are made twice.
 """
 
@@ -17,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_ds.ops.kernels.launch import Specialisation, block_size, gram_tile, precision
-from mta_ds.ops.layout import beside, tiles
+from mta_ds.ops.layout import TILE_ROWS, Segments
 from mta_ds.ops.reference import STD_EPSILON
 
-ROWS, COLUMNS = 64, 64
+ROWS, COLUMNS = TILE_ROWS, 64
 STAT_BLOCK = 1024
 
 
@@ -86,15 +87,16 @@ def _row_sums(
 
 @triton.jit
 def _column_sums(
-    hidden, scales, tiles, lse, weights, stride, num_features,
+    hidden, scales, tiles, lse, logs, stride, num_features,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """w_t of a tile of tokens: its row of S is its column, so it sums exp(S_ts - lse_s) over the others."""
+    """log w_t of a tile of tokens: its row of S is its column, so it sums exp(S_ts - lse_s) over the others."""
     tile_id = tl.program_id(0)
     start, end = tl.load(tiles + 3 * tile_id + 1), tl.load(tiles + 3 * tile_id + 2)
     rows = tl.load(tiles + 3 * tile_id) + tl.arange(0, ROWS)
     row_mask = rows < end
     row_scales = tl.load(scales + rows, mask=row_mask, other=0.0)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for first in range(start, end, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -104,29 +106,35 @@ def _column_sums(
             PRECISION, ROWS, COLUMNS, FEATURES,
         )  # fmt: skip
         # beyond the sequence a score is -inf, and so is the share whatever the finite sum taken off
-        total += tl.sum(tl.exp(scores - tl.load(lse + columns, mask=column_mask, other=0.0)[None, :]), 1)
+        scores -= tl.load(lse + columns, mask=column_mask, other=0.0)[None, :]
+        highest = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(scores - base[:, None]), 1)
+        top = highest
     length = end - start
-    # a token alone attends to nothing: its weight is 1, or NaN with its state
-    alone = 1.0 + 0.0 * row_scales
-    tl.store(weights + rows, tl.where(length == 1, alone, total / length), mask=row_mask)
+    # float64 keeps the digits of what has been summed; a token alone attends to nothing: its weight is 1, or NaN with
+    # its state
+    log = top.to(tl.float64) + tl.log(total.to(tl.float64)) - tl.log(length.to(tl.float64))
+    tl.store(logs + rows, tl.where(length == 1, 0.0 * row_scales.to(tl.float64), log), mask=row_mask)
 
 
-def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """See :func:`mta_ds.ops.token_weights`."""
+def log_token_weights(hidden: Tensor, sequences: Segments) -> Tensor:
+    """See :func:`mta_ds.ops.token_weights.log_token_weights`."""
     num_tokens, num_features = hidden.shape
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    scales, lse, weights = (hidden.new_empty(num_tokens, dtype=torch.float32) for _ in range(3))
-    grid = beside(tiles(cu_seqlens, ROWS), hidden.device)
+    scales, lse = (hidden.new_empty(num_tokens, dtype=torch.float32) for _ in range(2))
+    logs = hidden.new_empty(num_tokens, dtype=torch.float64)
+    grid = sequences.on("tiles", hidden.device, torch.int32)
     if not len(grid):
-        return weights
+        return logs
     _row_scales[num_tokens,](
         hidden, scales, hidden.stride(0), num_features, num_features**-0.25, STD_EPSILON, STAT_BLOCK, num_warps=4
     )
     tile = (precision(hidden.dtype), ROWS, COLUMNS, feature_block(hidden.dtype, num_features))
     shape = (hidden.stride(0), num_features)
     _row_sums[len(grid),](hidden, scales, grid, lse, *shape, *tile, num_warps=4, num_stages=3)
-    _column_sums[len(grid),](hidden, scales, grid, lse, weights, *shape, *tile, num_warps=4, num_stages=3)
-    return weights
+    _column_sums[len(grid),](hidden, scales, grid, lse, logs, *shape, *tile, num_warps=4, num_stages=3)
+    return logs
 
 
 def feature_block(dtype: torch.dtype, num_features: int) -> int:
@@ -149,6 +157,6 @@ def specialisations(width: int) -> list[Specialisation]:
                 f"row_scales {name}", _row_scales, scales, {"EPSILON": STD_EPSILON, "BLOCK": STAT_BLOCK}, 4, 3
             ),
             Specialisation(f"row_sums {name}", _row_sums, pointers | numbers, tile, 4, 3),
-            Specialisation(f"column_sums {name}", _column_sums, pointers | {"weights": "*fp32"} | numbers, tile, 4, 3),
+            Specialisation(f"column_sums {name}", _column_sums, pointers | {"logs": "*fp64"} | numbers, tile, 4, 3),
         ]
     return found
