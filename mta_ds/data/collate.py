@@ -53,9 +53,9 @@ class Counts:
     """All tokens but padding."""
     sequences: int
     covered: dict[str, int]
-    """Sequences with at least one span, by granularity."""
+    """Sequences with a covered token, so with a span that is not empty, by granularity."""
     comparable: dict[str, int]
-    """Sequences with at least two spans, by granularity."""
+    """Sequences with at least two spans that are not empty, by granularity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     targets = np.full(int(cu_seqlens[-1]), IGNORED, dtype=np.int64)
     for example, start in zip(examples, cu_seqlens[:-1], strict=True):
         targets[start : start + len(example.labels) - 1] = example.labels[1:]
-    per_sequence = {g: np.array([len(e.spans[g]) for e in examples]) for g in GRANULARITIES}
+    per_sequence = {g: np.array([_num_covering(e.spans[g]) for e in examples]) for g in GRANULARITIES}
     return Batch(
         record_ids=tuple(e.record_id for e in examples),
         rejected=tuple(e.is_rejected for e in examples),
@@ -133,6 +133,11 @@ def total(counts: Iterable[Counts]) -> Counts:
         covered={g: sum(c.covered[g] for c in every) for g in GRANULARITIES},
         comparable={g: sum(c.comparable[g] for c in every) for g in GRANULARITIES},
     )
+
+
+def _num_covering(spans: np.ndarray) -> int:
+    """Spans [K, 2] that are not empty."""
+    return int((np.diff(spans.reshape(-1, 2)) > 0).sum())
 
 
 def _ragged(spans: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> Spans:

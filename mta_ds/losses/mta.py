@@ -19,6 +19,9 @@ from mta_ds.losses.method import KeyLayerOptions
 from mta_ds.ops import LayerTerms, SpanLayout, align_layer, attach
 from mta_ds.ops.key_layer import Reduction
 
+# A Σ Z below has too few digits in fp32, and the X over it too: no pair of spans weighs anything.
+_TINY = 1e-30
+
 
 class MTAConfig(KeyLayerOptions):
     """Weights, reduction and key layers of the structural losses (METHOD §4-7)."""
@@ -57,9 +60,9 @@ class GlobalCounts(NamedTuple):
     sequences: int
     """Sequences of the optimizer step."""
     covered: Mapping[str, int]
-    """Sequences of the step with at least one span, by granularity."""
+    """Sequences of the step with a covered token, so with a span that is not empty, by granularity."""
     comparable: Mapping[str, int]
-    """Sequences of the step with at least two spans, by granularity."""
+    """Sequences of the step with at least two spans that are not empty, by granularity."""
     micro_comparable: Mapping[str, int]
     """The same of this micro-step alone."""
 
@@ -91,7 +94,8 @@ def dsa_scale(
     if normaliser is None:
         raise ValueError("normaliser: weighted_mean divides by the micro-step's Σ Z")
     weight = counts.micro_comparable[granularity] / max(1, counts.comparable[granularity])
-    return torch.where(normaliser > 0, weight / torch.where(normaliser > 0, normaliser, 1.0), 0.0)
+    weighs = normaliser > _TINY
+    return torch.where(weighs, weight / torch.where(weighs, normaliser, 1.0), 0.0)
 
 
 def hid_scale(config: MTAConfig, counts: GlobalCounts, granularity: str) -> float:
@@ -104,7 +108,7 @@ def count_sequences(spans: Mapping[str, Spans]) -> GlobalCounts:
 
     Spans on a GPU are waited for; keep them on the CPU, or give :class:`MTALoss` counts from the data.
     """
-    per_sequence = {name: each.cu_spans.diff() for name, each in spans.items()}
+    per_sequence = {name: _num_spans(each) for name, each in spans.items()}
     comparable = {name: int((num >= 2).sum()) for name, num in per_sequence.items()}
     return GlobalCounts(
         sequences=max((len(num) for num in per_sequence.values()), default=0),
@@ -112,6 +116,12 @@ def count_sequences(spans: Mapping[str, Spans]) -> GlobalCounts:
         comparable=comparable,
         micro_comparable=comparable,
     )
+
+
+def _num_spans(spans: Spans) -> Tensor:
+    """Spans of each sequence [B] but for empty ones, which cover nothing."""
+    some = (spans.ranges[:, 1] > spans.ranges[:, 0]).cumsum(0)
+    return torch.cat([some.new_zeros(1), some])[spans.cu_spans].diff()
 
 
 class MTALoss(nn.Module):
@@ -174,7 +184,8 @@ class MTALoss(nn.Module):
         by_dsa, by_hid = layer_weights(self.config, len(self.projections))
         parts: list[Tensor] = []
         values: dict[str, Tensor] = {}
-        for i, (name, projection) in enumerate(zip(self.granularities, self.parameters(), strict=True)):
+        for i, (name, layer) in enumerate(zip(self.granularities, self.projections, strict=True)):
+            projection = layer.get_parameter("weight")
             gradients = align_layer(
                 student[i],
                 teacher[i],

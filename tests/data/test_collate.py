@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,12 @@ def test_batch_equals_loops(shapes: list[tuple[int, int]]) -> None:
     assert batch.counts.valid_tokens == sum(n for n, _ in shapes) and batch.rejected == (False,) * len(shapes)
     assert all(t.dtype == torch.int64 for t in (batch.input_ids, batch.valid, batch.targets, batch.cu_seqlens))
     assert batch.to(torch.device("cpu")).targets.tolist() == targets
+
+
+def test_empty_spans_cover_nothing_and_are_not_counted() -> None:
+    spans = {"word": np.array([[1, 1], [2, 3]], np.int32), "phrase": np.array([[0, 0], [2, 2]], np.int32)}
+    counts = collate([dataclasses.replace(example(5, 0, 0), spans=spans), example(9, 2, 1)], pad_id=0).counts
+    assert counts.covered == {"word": 2, "phrase": 1} and counts.comparable == {"word": 1, "phrase": 0}
 
 
 def test_total_adds_every_count() -> None:

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from mta_cases import (
+    CONFIGS,
+    D_STUDENT,
+    D_TEACHER,
+    REDUCTIONS,
+    Batch,
+    Spans,
+    assert_same,
+    bounds,
+    grads,
+    layer_by_loops,
+    layer_gradients,
+    random,
+    random_batch,
+    split,
+)
 
 from mta_ds.config import validate
 from mta_ds.errors import UsageError
@@ -16,8 +30,6 @@ from mta_ds.losses import (
     GlobalCounts,
     MTAConfig,
     MTALoss,
-    SpanLayout,
-    align_layer,
     attach,
     count_sequences,
     dsa_scale,
@@ -25,134 +37,6 @@ from mta_ds.losses import (
     hid_scale,
     layer_weights,
 )
-
-D_STUDENT, D_TEACHER = 5, 7
-REDUCTIONS = ["sequence_mean", "weighted_mean", "paper"]
-CONFIGS = [MTAConfig(reduction=r, student_weights=w) for r in REDUCTIONS for w in ("own", "teacher")]
-
-
-class Spans(NamedTuple):
-    ranges: Tensor
-    cu_spans: Tensor
-
-
-class Batch(NamedTuple):
-    student: Tensor
-    teacher: Tensor
-    cu_seqlens: Tensor
-    spans: Spans
-
-
-def bounds(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def random_batch(seed, lengths, most_spans=5):
-    """Overlapping spans at random; some sequences have one or none."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def integer(below):
-        return int(torch.randint(0, below, (), generator=generator))
-
-    ranges, counts, offset = [], [], 0
-    for length in lengths:
-        chosen = set()
-        for _ in range(integer(most_spans + 1)):
-            start = integer(length)
-            chosen.add((offset + start, offset + start + 1 + integer(length - start)))
-        ranges += sorted(chosen)
-        counts.append(len(chosen))
-        offset += length
-    spans = Spans(torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2), bounds(counts))
-    return Batch(random(offset, D_STUDENT, seed=seed), random(offset, D_TEACHER, seed=seed + 1), bounds(lengths), spans)
-
-
-def split(batch, sizes):
-    """The same sequences as several batches."""
-    parts, first = [], 0
-    for size in sizes:
-        cu, cu_spans = (b[first : first + size + 1] for b in (batch.cu_seqlens, batch.spans.cu_spans))
-        tokens, spans = slice(int(cu[0]), int(cu[-1])), slice(int(cu_spans[0]), int(cu_spans[-1]))
-        part = Spans(batch.spans.ranges[spans] - cu[0], cu_spans - cu_spans[0])
-        parts.append(Batch(batch.student[tokens], batch.teacher[tokens], cu - cu[0], part))
-        first += size
-    return parts
-
-
-def cosine(a, b):
-    return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
-
-
-def weights_by_loops(hidden):
-    """Eqs. 5-7 for one sequence."""
-    n, d = hidden.shape
-    if n == 1:
-        return [1.0]
-    scaled = hidden / (hidden.std(dim=1, keepdim=True) + 1e-5)
-    weights = [0.0] * n
-    for s in range(n):
-        exps = {t: float(((scaled[s] @ scaled[t]) / d**0.5).exp()) for t in range(n) if t != s}
-        for t, value in exps.items():
-            weights[t] += value / sum(exps.values()) / n
-    return weights
-
-
-def layer_by_loops(batch, projection, config, given=None):
-    """(L_DSA numerator, Σ Z, L_Hid numerator) of the batch, sequence by sequence, span pair by span pair."""
-    dsa = hid = normaliser = 0.0 * batch.student.sum()
-    for b, (first, last) in enumerate(pairwise(batch.cu_seqlens.tolist())):
-        ours, theirs = batch.student[first:last], batch.teacher[first:last]
-        teacher_weights = weights_by_loops(theirs) if given is None else given[first:last].tolist()
-        own = teacher_weights if config.student_weights == "teacher" else weights_by_loops(ours.detach())
-        spans = (batch.spans.ranges[batch.spans.cu_spans[b] : batch.spans.cu_spans[b + 1]] - first).tolist()
-
-        def pool(hidden, weights, spans=spans):
-            return [sum(weights[t] * hidden[t] for t in range(a, z)) / sum(weights[a:z]) for a, z in spans]
-
-        raw = [sum(teacher_weights[a:z]) for a, z in spans]
-        omega = [w / sum(raw) for w in raw]
-        student_spans, teacher_spans = pool(ours, own), pool(theirs, teacher_weights)
-        pairs = [(i, j) for i in range(len(spans)) for j in range(len(spans)) if i != j]
-        x = sum(
-            omega[i] * omega[j]
-            * (cosine(student_spans[i], student_spans[j]) - cosine(teacher_spans[i], teacher_spans[j])) ** 2
-            for i, j in pairs
-        )  # fmt: skip
-        z = sum(omega[i] * omega[j] for i, j in pairs)
-        normaliser = normaliser + z
-        if pairs:
-            dsa = dsa + (x / z if config.reduction == "sequence_mean" else x)
-        covered = sorted({t for a, e in spans for t in range(a, e)})
-        total = 1.0 if config.reduction == "paper" else sum(teacher_weights[t] for t in covered)
-        for t in covered:
-            hid = hid + teacher_weights[t] / total * (1 - cosine(projection @ ours[t], theirs[t]))
-    return dsa, normaliser, hid
-
-
-def layout(batch):
-    return SpanLayout(batch.cu_seqlens, batch.spans.ranges, batch.spans.cu_spans)
-
-
-def layer_gradients(batch, projection, config):
-    return align_layer(
-        batch.student, batch.teacher, projection, layout(batch), config.reduction, config.student_weights
-    )
-
-
-def grads(outputs, inputs, seed=3):
-    """Gradients of the outputs under a random upstream gradient."""
-    upstream = random(len(outputs), seed=seed)
-    total = sum(u * output for u, output in zip(upstream, outputs, strict=True))
-    return dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
-
-
-def assert_same(got, want, **tolerance):
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.reduction}-{c.student_weights}")
@@ -377,6 +261,42 @@ def test_mta_loss_of_a_part_is_its_share():
 
     shares = [run(part, counts_of(parts, [part])) for part in parts]
     torch.testing.assert_close(sum(shares), run(batch))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_spans_count_for_nothing(reduction):
+    """A sequence all of whose spans are empty has no covered token, and nothing to compare."""
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["word"], MTAConfig(reduction=reduction)).double()
+    student, teacher, cu = random(11, D_STUDENT), random(11, D_TEACHER, seed=1), bounds([5, 6])
+    without = Spans(torch.tensor([[5, 8], [7, 10]]), bounds([0, 2]))
+    empty = Spans(torch.tensor([[1, 1], [2, 2], [5, 8], [7, 10], [9, 9]]), bounds([2, 3]))
+    assert count_sequences({"word": empty}) == count_sequences({"word": without})
+    one = Spans(torch.tensor([[1, 1], [2, 3], [5, 8]]), bounds([2, 1]))
+    assert count_sequences({"word": one}).covered == {"word": 2}
+    assert count_sequences({"word": one}).comparable == {"word": 0}
+    values = [loss([student], [teacher], cu, {"word": spans}) for spans in (empty, without)]
+    torch.testing.assert_close(*(value for value, _ in values))
+    torch.testing.assert_close(values[0][1]["hid/0"], values[1][1]["hid/0"])
+
+
+def test_finite_states_give_a_finite_loss_whatever_a_token_weighs():
+    """The last token's weight is subnormal in fp32, and a span of its own."""
+    hidden = torch.cat([random(6, 64) * 1e-3 + random(1, 64, seed=1) + 4, random(1, 64, seed=2) + 1.4]).float()
+    spans = Spans(torch.tensor([[6, 7], [0, 2], [2, 4]]), bounds([3]))
+    loss = MTALoss(64, 64, ["word"])
+    student = (hidden + 0.1 * random(7, 64, seed=3).float()).requires_grad_()
+    total, alarms = loss([student], [hidden], bounds([7]), {"word": spans})
+    assert total.isfinite() and torch.autograd.grad(total, student)[0].isfinite().all()
+    assert alarms["non_finite/student/0"] == alarms["non_finite/teacher/0"] == 0
+
+
+def test_a_student_that_is_not_finite_where_nothing_covers_it_is_told():
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["word"], MTAConfig(student_weights="teacher")).double()
+    student = random(5, D_STUDENT)
+    student[4, 0] = torch.nan
+    spans = Spans(torch.tensor([[0, 2], [1, 3]]), bounds([2]))
+    with pytest.raises(ValueError, match="student: NaN or Inf in the hidden state of key layer 0"):
+        loss([student], [random(5, D_TEACHER, seed=1)], bounds([5]), {"word": spans})
 
 
 def test_wrong_arguments_are_named():
