@@ -51,18 +51,20 @@ def preset(root: Path, name: str, teacher: str, student: str, *overrides: str) -
 
 def small_work(**changes: object) -> Workload:
     """A step small enough to be worked out by hand: 100 and 1,000 elements, 10 tokens a sequence."""
-    student = ModelShape(100, 2, 30, 4, 4, 4, 10, (40, 30, 30), LayerBytes(50.0, 5.0, 20.0))
-    teacher = ModelShape(1000, 4, 200, 8, 8, 8, 25, (200,) * 5, LayerBytes(90.0, 9.0, 60.0))
+    student = ModelShape(100, 2, 30, 4, 4, 4, 10, (40, 30, 30), 60, 16, LayerBytes(50.0, 5.0, 20.0))
+    teacher = ModelShape(1000, 4, 200, 8, 8, 8, 25, (200,) * 5, 800, 64, LayerBytes(90.0, 9.0, 60.0))
     values: dict = {
         "student": student,
         "teacher": teacher,
         "trained": 132,
         "projections": 32,
         "key_layers": (KeyLayer(1, 2, "word"),),
-        "head_passes": 1,
+        "adapters": False,
+        "trajectory": (),
+        "trajectory_normed": False,
         "teacher_head": True,
         "keeps_teacher_states": False,
-        "rollouts": False,
+        "writing": None,
         "asynchronous_saves": True,
         "sequence_length": 10,
         "sequences_per_sample": 1,

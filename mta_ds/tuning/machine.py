@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import subprocess
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +47,8 @@ class Machine:
     headroom: float = 0.05
     """Share of the rest that a plan leaves free, since it is a prediction."""
     is_gpu: bool = True
+    rates_of: str | None = None
+    """The GPU whose rates and links are assumed, where nobody knows this one's."""
 
     @property
     def num_ranks(self) -> int:
@@ -95,21 +98,28 @@ def choose_machine(
     """A GPU by name, or this node's own, with what is told otherwise (GB, GB/s).
 
     Args:
-        plan_only: without trials a machine with no GPU plans for others; with them its cores are the ranks.
+        plan_only: without trials any machine can be planned for; with them it is this one, or this allocation, whose
+            cores are the ranks where it has no GPU. A name then gives rates alone.
 
     Raises:
-        UsageError: an unknown name; no GPU here and none named.
-        UserError: this node's GPUs differ.
+        UsageError: an unknown name; no GPU here and none named; trials of GPUs or nodes that are not here.
+        UserError: this node's GPUs, or an allocation's, differ.
     """
-    found = None if gpu is not None else this_machine()
+    own = None if plan_only and gpu is not None else this_machine()
+    if not plan_only:
+        _insist_on_being_there(gpu, num_nodes, own)
     if gpu is not None:
         found = known_gpu(gpu)
-    elif found is None and not plan_only:
+        if own is not None:
+            found = replace(found, memory=own.memory, gpus_per_node=own.gpus_per_node)
+    elif own is not None:
+        found = own
+    elif not plan_only:
         found = cpu_machine(gpus_per_node or 1)
-    elif found is None:
-        if memory is None:
-            raise UsageError(f"no GPU here: say which to plan for, --gpu {'|'.join(KNOWN)}, or --gpu-memory GB")
-        found = replace(known_gpu("a100-80"), name=f"a GPU of {memory:g} GB")
+    elif memory is None:
+        raise UsageError(f"no GPU here: say which to plan for, --gpu {'|'.join(KNOWN)}, or --gpu-memory GB")
+    else:
+        found = replace(known_gpu("a100-80"), name=f"a GPU of {memory:g} GB", rates_of="a100-80")
     sizes = {"memory": memory, "host_memory": host_memory, "intra": intra, "inter": inter}
     given: dict[str, Any] = {name: value * GB for name, value in sizes.items() if value is not None}
     if gpus_per_node is not None:
@@ -117,6 +127,36 @@ def choose_machine(
     if efficiency is not None:
         given["efficiency"] = efficiency
     return replace(found, num_nodes=num_nodes, **given)
+
+
+def _insist_on_being_there(gpu: str | None, num_nodes: int, own: Machine | None) -> None:
+    """Trials run on this machine, or on this job's nodes; UsageError for any other."""
+    if gpu is not None and own is None:
+        raise UsageError(f"--gpu {gpu}: there is no GPU here to run trials on; to plan for others give --plan-only")
+    if num_nodes == 1:
+        return
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UsageError(f"--nodes {num_nodes}: trials need an allocation (slurm/tune.sbatch); to plan, --plan-only")
+    if own is not None:
+        insist_on_equal_nodes(num_nodes)
+
+
+def insist_on_equal_nodes(num_nodes: int) -> None:
+    """Compare the GPUs of all nodes of this job; what cannot be asked is not compared.
+
+    Raises:
+        UserError: they differ.
+    """
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(
+            ["srun", f"--nodes={num_nodes}", "--ntasks-per-node=1", *asked], capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    kinds = sorted({line.strip() for line in done.stdout.splitlines() if line.strip()})
+    if done.returncode == 0 and len(kinds) > 1:
+        raise UserError(f"this job's GPUs differ ({'; '.join(kinds)}): ask for equal ones with sbatch --constraint")
 
 
 def known_gpu(name: str) -> Machine:
@@ -147,7 +187,13 @@ def this_machine() -> Machine | None:
     words = found[0].name.lower().replace("-", " ").split()
     alike = [m for m in _KNOWN.values() if m.name.partition("-")[0] in words]
     like = min(alike or [_KNOWN["a100-80"]], key=lambda m: abs(m.memory - found[0].total_memory))
-    return replace(like, name=found[0].name, memory=float(found[0].total_memory), gpus_per_node=count)
+    return replace(
+        like,
+        name=found[0].name,
+        memory=float(found[0].total_memory),
+        gpus_per_node=count,
+        rates_of=None if alike else like.name,
+    )
 
 
 def cpu_machine(num_ranks: int) -> Machine:

@@ -1,11 +1,14 @@
 """How much memory a plan needs on every rank: named parts for each phase of a step (bytes; Ψ elements, N ranks).
 
 What lives through the whole step:
-    student      weights  b·Ψ, or b·Ψ/N under stage 3, and there whole what is smaller than the persistence threshold
-                 gradients b·Ψ (stage 1) or b·Ψ/N; master weights and moments 12·Ψ/N, in the host's memory if offloaded
-                 buckets, b·size: two under stage 1 and 2, where reducing overlaps backward, one under stage 3
+    student      weights b·Ψ, or b·Ψ/N under stage 3, and there whole what is smaller than the persistence threshold;
+                 master weights and moments 12·Ψ/N, in the host's memory if offloaded;
+                 gradients b·Ψ (stage 1) or b·Ψ/N, and buckets, b·size: stage 3 makes both once, one bucket; stages 1
+                 and 2 have them from backward to the optimizer's step alone, two buckets as reducing overlaps backward,
+                 and the gradients always where several micro-steps add to them
     teacher      b·Ψt/N, in the host's memory if offloaded; with hpZ b·Ψt/(GPUs of a node) besides
-Then the most that a phase adds: both forwards (inside the teacher's MTA's losses run), heads, backward, optimizer.
+Then the most that a phase adds: both forwards (inside the teacher's MTA's and FDD's losses run), heads, backward, which
+begins with all activations and ends with all gradients, and the optimizer; before them rollouts.
 Every part is an upper bound: sequences of full length, all tokens counted and covered.
 """
 
@@ -21,13 +24,19 @@ from mta_ds.ops.heads import chunk_shape
 from mta_ds.ops.hid import hid_chunk_tokens
 from mta_ds.ops.key_layer import tokens_at_once
 from mta_ds.tuning.machine import Machine
-from mta_ds.tuning.shapes import SPANS_PER_TOKEN, Workload
+from mta_ds.tuning.shapes import SPANS_PER_TOKEN, Workload, Writing
 
 PERSISTENCE_THRESHOLD = 100_000
 CHECKPOINT_COPY = "asynchronous checkpoint"
+BUCKETS = "reduce buckets"
+LIBRARIES = "libraries at work"
 SUB_GROUP = 1_000_000_000
-RESIDENT = 1_000_000_000
-"""DeepSpeed's default of stage3_max_live_parameters: below it a student stays gathered from forward to backward."""
+
+# On a CPU: what a run's libraries take at their first use, beyond their import (tokenizer, TensorBoard, oneDNN's
+# kernels, gloo's buffers, threads' stacks), measured on a pair of a few thousand elements.
+_LIBRARY_BYTES = 115e6
+# On a CPU: parts that are whole blocks of a partition's or a bucket's size.
+_OWN_BLOCKS = {"student gradients", "fp32 gradients of the step", "logits chunk", BUCKETS}
 
 Parts = dict[str, float]
 
@@ -38,7 +47,7 @@ class Plan:
 
     student_stage: int
     resident: bool
-    """Stage 3: weights that forward has gathered stay until backward, up to RESIDENT elements."""
+    """Stage 3: weights that forward has gathered stay until backward."""
     offload_optimizer: bool
     teacher_hpz: int
     """Ranks of a node that hold a second whole copy of the teacher between them; 1 is off."""
@@ -83,6 +92,14 @@ class Memory(NamedTuple):
         """The most that a rank's GPU holds."""
         return sum(self.always.values()) + sum(self.phases[self.peak_phase].values())
 
+    def times(self, factor: float) -> Memory:
+        """All of it, as trials correct it."""
+
+        def scaled(parts: Parts) -> Parts:
+            return {name: factor * size for name, size in parts.items()}
+
+        return Memory(scaled(self.always), {n: scaled(p) for n, p in self.phases.items()}, scaled(self.host))
+
     @property
     def host_total(self) -> float:
         return sum(self.host.values())
@@ -95,44 +112,43 @@ class Memory(NamedTuple):
 
 
 def memory(work: Workload, plan: Plan, machine: Machine) -> Memory:
-    """Predict what one rank needs; the sum of all on a CPU, where there is but one memory."""
-    device, host = _states(work, plan, machine)
-    saved = student_activations(work, plan)
-    held = saved | _key_layers(work, plan) | _student_gathers(work, plan, machine)
-    heads = _heads(work, plan, machine)
-    kept_head = {name: size for name, size in heads.items() if name == "teacher's LM head"}
+    """Predict what one rank needs."""
+    always, host = _states(work, plan, machine)
+    gathers, reduction = _student_gathers(work, plan, machine), _reduction(work, plan, machine)
+    lasting = _lasting(plan, reduction)
+    passing = {name: size for name, size in reduction.items() if name not in lasting}
+    buckets = {name: size for name, size in passing.items() if name == BUCKETS}
+    gradients = {name: size for name, size in passing.items() if name != BUCKETS}
+    held = student_activations(work, plan) | _key_layers(work, plan) | gathers
+    lm_head = _teacher_lm_head(work, plan, machine)  # from its first reader to the step's end
     phases = {
-        "student's forward": held | _layer_at_work(work, plan),
-        "teacher's forward": held | _teacher_forward(work, plan, machine),
-        "heads": held | heads,
-        "backward": held | _backward(work, plan, machine) | kept_head,
-        "optimizer": _optimizer(work, plan, machine) | kept_head,
+        "student's forward": held | _student_layer(work, plan),
+        "teacher's forward": held | _teacher_forward(work, plan, machine) | _trajectory(work, plan, machine),
+        "heads": held | _heads(work, plan, machine) | lm_head,
+        "backward's start": held | _backward(work, plan) | buckets | lm_head,
+        "backward's end": gathers | passing | lm_head,
+        "optimizer": _optimizer(work, plan, machine) | gradients | lm_head,
     }
-    if work.rollouts:
-        phases["rollouts"] = {"whole student while it writes": work.element_bytes * work.student.parameters}
-    return Memory(device, phases, host)
+    if work.writing is not None:
+        phases["rollouts"] = _rollouts(work, work.writing)
+    if not machine.is_gpu:
+        always[LIBRARIES] = _LIBRARY_BYTES
+        phases = _with_heap(phases)
+    return Memory(always | lasting, phases, host)
 
 
 def _states(work: Workload, plan: Plan, machine: Machine) -> tuple[Parts, Parts]:
-    """What lives through the step, on the GPU and in the host's memory."""
+    """What lives through the step, on the GPU and in the host's memory; gradients apart."""
     b, n, stage = work.element_bytes, machine.num_ranks, plan.student_stage
-    student = work.student.parameters + work.projections
+    student = work.student_elements
     device: Parts = {}
     host: Parts = {CHECKPOINT_COPY: 12 * work.trained / n} if work.asynchronous_saves else {}
     persistent = work.student.persistent(PERSISTENCE_THRESHOLD)
     device["student weights"] = b * student if stage < 3 else b * (student / n + _unless_alone(persistent, n))
-    gradients = b * work.trained / (n if stage > 1 else 1)
     optimizer = 12 * work.trained / n
     if plan.offload_optimizer:
-        host["student master weights and moments"] = optimizer
         host["student gradients"] = (4 + b) * work.trained / n
-        # stages 1 and 2 copy a whole gradient at a time; below stage 2 all of them wait for the boundary
-        device["student gradients"] = gradients if stage == 1 else b * work.student.largest
-    else:
-        device["student gradients"] = gradients
-        device["student master weights and moments"] = optimizer
-    buckets = (1 if stage == 3 else 2) * plan.reduce_bucket_size
-    device["reduce buckets"] = b * (buckets if machine.is_gpu else min(buckets, work.trained))
+    (host if plan.offload_optimizer else device)["student master weights and moments"] = optimizer
     if work.teacher is not None:
         teacher = work.teacher.parameters
         (host if plan.offload_teacher else device)["teacher partitions"] = b * teacher / n
@@ -140,6 +156,25 @@ def _states(work: Workload, plan: Plan, machine: Machine) -> tuple[Parts, Parts]
             device["teacher hpZ partitions"] = b * teacher / plan.teacher_hpz
         device["teacher small parameters"] = b * _unless_alone(work.teacher.persistent(PERSISTENCE_THRESHOLD), n)
     return device, host
+
+
+def _reduction(work: Workload, plan: Plan, machine: Machine) -> Parts:
+    """The student's gradients and what they are reduced in."""
+    b, n, stage = work.element_bytes, machine.num_ranks, plan.student_stage
+    gradients = b * work.trained / (n if stage > 1 else 1)
+    if plan.offload_optimizer and stage > 1:  # a whole gradient is copied at a time; stage 1 keeps all to the boundary
+        gradients = b * work.student.largest
+    buckets = (1 if stage == 3 else 2) * plan.reduce_bucket_size
+    # a GPU's memory is taken when it is asked for, a CPU's when it is written
+    return {"student gradients": gradients, BUCKETS: b * (buckets if machine.is_gpu else min(buckets, work.trained))}
+
+
+def _lasting(plan: Plan, reduction: Parts) -> Parts:
+    """What of the reduction there is outside backward too."""
+    if plan.student_stage == 3:
+        return reduction
+    accumulates = plan.gradient_accumulation_steps > 1
+    return {name: size for name, size in reduction.items() if accumulates and name != BUCKETS}
 
 
 def _unless_alone(elements: float, num_ranks: int) -> float:
@@ -159,32 +194,46 @@ def student_activations(work: Workload, plan: Plan) -> Parts:
 
 
 def _key_layers(work: Workload, plan: Plan) -> Parts:
-    """MTA: ragged copies of the student's key layers, and gradients stored until backward."""
+    """MTA and FDD: ragged copies of the student's key layers, and gradients stored until backward."""
     tokens, b = work.tokens(plan.micro_batch_size), work.element_bytes
-    width = work.student.width
-    layers = len(work.key_layers)
+    width, layers, compared = work.student.width, len(work.key_layers), len(work.trajectory)
     spans = sum(SPANS_PER_TOKEN[layer.granularity] for layer in work.key_layers)
-    return {
-        "key layers' states": b * tokens * width * layers,
+    tapped = {layer.student for layer in work.key_layers} | set(work.trajectory)
+    parts: Parts = {
+        "key layers' states": b * tokens * width * len(tapped),
         "key layers' stored gradients": b * (tokens * width * (layers + spans) + work.projections),
         "final states": b * tokens * work.student.final_width,
     }
+    if compared:  # in fp32, of each layer and of the one before it
+        parts["FDD's stored gradients"] = 4 * tokens * width * (2 * compared - 1)
+    if work.trajectory_normed:
+        parts["FDD's normed states"] = tokens * compared * (b * width + work.student.bytes.saved_outside)
+    return parts
 
 
 def _student_gathers(work: Workload, plan: Plan, machine: Machine) -> Parts:
     """Stage 3: weights that are whole at once, the head and the projections for as long as the module runs."""
     if plan.student_stage < 3 or machine.num_ranks == 1:
         return {}
-    shape = work.student
-    most = RESIDENT if plan.resident else shape.largest + shape.layer_parameters + plan.prefetch_bucket_size
+    shape, b = work.student, work.element_bytes
+    released = shape.largest + shape.layer_parameters + plan.prefetch_bucket_size + shape.head
     return {
-        "student gathered weights": work.element_bytes * min(shape.parameters, most + shape.head),
-        "projections gathered": work.element_bytes * work.projections,
+        "student gathered weights": b * (shape.parameters if plan.resident else min(shape.parameters, released)),
+        "projections gathered": b * (work.student_elements - shape.parameters),
     }
 
 
-def _layer_at_work(work: Workload, plan: Plan) -> Parts:
+def _student_layer(work: Workload, plan: Plan) -> Parts:
     return {"student layer at work": work.tokens(plan.micro_batch_size) * work.student.bytes.working}
+
+
+def _teacher_lm_head(work: Workload, plan: Plan, machine: Machine) -> Parts:
+    """Gathered whole; a rank alone has it already, unless it lies on the host."""
+    if work.teacher is None or not (work.teacher_head or work.trajectory):
+        return {}
+    head = work.teacher.head
+    held = head if plan.offload_teacher else _unless_alone(head, machine.num_ranks)
+    return {"teacher's LM head": work.element_bytes * held}
 
 
 def _teacher_forward(work: Workload, plan: Plan, machine: Machine) -> Parts:
@@ -213,34 +262,49 @@ def _teacher_forward(work: Workload, plan: Plan, machine: Machine) -> Parts:
     return parts
 
 
+def _trajectory(work: Workload, plan: Plan, machine: Machine) -> Parts:
+    """FDD goes through both heads inside the teacher's forward, this key layer's states beside those before."""
+    if work.teacher is None or not work.trajectory:
+        return {}
+    tokens, b = work.tokens(plan.micro_batch_size), work.element_bytes
+    copies = 4 if work.trajectory_normed else 2
+    return {
+        "logits chunk": _logits_chunk(work, tokens, machine, min(2, len(work.trajectory))),
+        "student head's gradient": 4 * work.trained_head,
+        "FDD's teacher states": copies * b * tokens * work.teacher.width,
+        **_teacher_lm_head(work, plan, machine),
+    }
+
+
+def _logits_chunk(work: Workload, tokens: int, machine: Machine, layers: int = 1) -> float:
+    dtype = torch.bfloat16 if work.element_bytes == 2 else torch.float32
+    full, size = chunk_shape(work.student.vocabulary, dtype, machine.is_gpu, layers=layers)
+    return min(full, tokens) * size
+
+
 def _heads(work: Workload, plan: Plan, machine: Machine) -> Parts:
-    """Both heads whole, one chunk of logits, and the gradients that are made with them."""
-    tokens, b, shape = work.tokens(plan.micro_batch_size), work.element_bytes, work.student
-    dtype = torch.bfloat16 if b == 2 else torch.float32
-    full, size = chunk_shape(shape.vocabulary, dtype, machine.is_gpu)
+    """One chunk of logits through both heads, and the gradients that are made with them."""
+    tokens, b = work.tokens(plan.micro_batch_size), work.element_bytes
     parts: Parts = {
-        "logits chunk": min(full, tokens) * size,
-        "student head's gradient": 4 * shape.head,
-        "final states' gradient": (4 + b) * tokens * shape.final_width,
+        "logits chunk": _logits_chunk(work, tokens, machine),
+        "student head's gradient": 4 * work.trained_head,
+        "final states' gradient": (4 + b) * tokens * work.student.final_width,
     }
     if work.teacher is not None and work.teacher_head:
-        head = work.teacher.head
-        parts["teacher's LM head"] = b * (head if plan.offload_teacher else _unless_alone(head, machine.num_ranks))
         parts["teacher final states"] = 2 * b * tokens * work.teacher.final_width
     return parts
 
 
-def _backward(work: Workload, plan: Plan, machine: Machine) -> Parts:
+def _backward(work: Workload, plan: Plan) -> Parts:
     """A layer recomputed, gradients on their way through it, and those of the heads in their own dtype."""
     tokens, shape, b = work.tokens(plan.micro_batch_size), work.student, work.element_bytes
     parts: Parts = {
-        "student layer at work": tokens * shape.bytes.working,
-        "student head's gradient": (4 + b) * shape.head,
+        **_student_layer(work, plan),
+        "student head's gradient": (4 + b) * work.trained_head,
+        "whole gradients on their way": b * min(work.trained, shape.layer_parameters),
     }
     if plan.gradient_checkpointing:
         parts["student layer recomputed"] = tokens * shape.bytes.saved
-    if plan.student_stage > 1:
-        parts["whole gradients on their way"] = b * shape.layer_parameters
     return parts
 
 
@@ -250,3 +314,28 @@ def _optimizer(work: Workload, plan: Plan, machine: Machine) -> Parts:
         return {}
     own = work.trained / machine.num_ranks
     return {"fp32 gradients of the step": 4 * (min(own, SUB_GROUP) if plan.student_stage == 3 else own)}
+
+
+def _rollouts(work: Workload, writing: Writing) -> Parts:
+    """The whole student as a plain model, and the keys and values of all that it writes at once."""
+    b, shape = work.element_bytes, work.student
+    return {
+        "whole student while it writes": b * shape.parameters,
+        "keys and values": b * shape.cache_width * writing.sequences * work.sequence_length,
+    }
+
+
+def _with_heap(phases: dict[str, Parts]) -> dict[str, Parts]:
+    """On a CPU: what glibc's heap has grown to in one phase stays resident in the others.
+
+    Only blocks of 32 MB and more go back to the system when they are freed: those of whole partitions and buckets.
+    """
+    most: Parts = {}
+    for parts in phases.values():
+        for name in parts.keys() - _OWN_BLOCKS:
+            most[name] = max(most.get(name, 0), parts[name])
+    grown = sum(most.values())
+    return {
+        phase: parts | {"freed, but kept by the heap": grown - sum(parts[name] for name in parts.keys() - _OWN_BLOCKS)}
+        for phase, parts in phases.items()
+    }

@@ -2,7 +2,7 @@
 
 A formula for activations knows one architecture. Here one and two decoder layers run on tensors without data, and what
 autograd saves, and what exists at once, is added up; attention is outlined as a fused kernel, which keeps its inputs,
-its output and a row's log-sum-exp, and no matrix of scores.
+its output and a row's log-sum-exp, and no matrix of scores. A model without fused attention (Gemma 2) runs its own.
 """
 
 from __future__ import annotations
@@ -46,12 +46,16 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, **op
 def outline(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -> LayerBytes:
     """Measure a decoder layer of ``config`` in ``dtype`` on one sequence of ``num_tokens``.
 
+    Where attention is not fused, a token's bytes grow with the sequence: on shorter ones they are an upper bound.
+
     Raises:
         UserError: the model's forward looks at values, as a mixture of experts does, so that it cannot be outlined.
     """
     AttentionInterface.register(_ATTENTION, _attention)
+    own = skeleton(cut_config(config, range(1))).config._attn_implementation
+    options = {} if own == "eager" else {"attn_implementation": _ATTENTION}
     models = [
-        skeleton(cut_config(config, range(layers)), dtype, attn_implementation=_ATTENTION)
+        skeleton(cut_config(config, range(layers)), dtype, **options)
         for layers in (1, min(2, config.num_hidden_layers))
     ]
     try:
@@ -66,7 +70,9 @@ def outline(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -> La
 
 def _run(model: PreTrainedModel, num_tokens: int) -> Tensor:
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
-    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    # beside a mask nobody looks for packed sequences, which only values could tell; fused attention is outlined without
+    mask = torch.ones_like(ids) if model.config._attn_implementation == "eager" else None
+    hidden: Tensor = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden
 
 

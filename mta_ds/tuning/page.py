@@ -18,12 +18,13 @@ from mta_ds.tuning.trials import Trial
 _NEXT = {
     "student": "the student's own products: only more or faster GPUs help",
     "recomputation": "recomputing the student's layers: memory for its activations would save it",
-    "teacher": "the teacher's forward: it is read once a step already; only more or faster GPUs help",
+    "teacher": "the teacher's forward, which every token must go through once: only more or faster GPUs help",
     "LM heads and divergence": "both LM heads over the whole vocabulary: fewer labelled tokens or a smaller one",
     "MTA's losses": "the structural losses: fewer key layers",
-    "optimizer step": "AdamW's step: with the optimizer on the GPUs instead of the host it would be short",
+    "optimizer step": "AdamW's step: more ranks share it, accumulation spreads it over more samples",
+    "rollouts": "the student's writing: a larger loss.rollouts.batch_size, or fewer new tokens",
     "teacher gathers": "gathering the teacher each micro-step: memory for a larger micro-batch, hpZ, or a faster link",
-    "student gathers": "gathering the student: memory to keep it gathered, or stage 2",
+    "student gathers": "gathering the student: memory for stage 2, a larger micro-batch, or a faster link",
     "gradient reduction": "reducing the student's gradients: less accumulation, or a faster link",
     "heads and updated weights gathered": "gathering the LM head and the updated weights: a faster link",
 }
@@ -59,7 +60,7 @@ def page(
     """The page: the step, the chosen plan with its memory and time, what else was tried, and why not."""
     lines = ["# ZeRO plan", "", *_setting(work, machine, found)]
     if found.fitting:
-        lines += ["", "## Chosen", "", *_chosen(found.fitting[0], machine, correction, folder)]
+        lines += ["", "## Chosen", "", *_chosen(found.fitting[0], machine, folder)]
         lines += ["", "## Fastest plans that fit", "", *_ranking(found.fitting[:10])]
     if trials:
         lines += ["", "## Trials", "", *_trials(trials, correction)]
@@ -70,7 +71,10 @@ def page(
 def next_bottleneck(chosen: Candidate) -> str:
     """What bounds the step now, in one sentence."""
     name = chosen.time.bottleneck
-    return f"Next bottleneck: {_NEXT[name]} ({chosen.time.parts[name]:.2f} s of a step)."
+    means = _NEXT[name]
+    if name == "optimizer step" and chosen.plan.offload_optimizer:
+        means = "AdamW's step on the host: with memory for the optimizer on the GPUs it would be short"
+    return f"Next bottleneck: {means} ({chosen.time.parts[name]:.2f} s of a step)."
 
 
 def _setting(work: Workload, machine: Machine, found: Search) -> list[str]:
@@ -79,11 +83,12 @@ def _setting(work: Workload, machine: Machine, found: Search) -> list[str]:
     if teacher is not None:
         models += f", teacher {teacher.parameters / 1e9:.3f} B in {teacher.num_layers}"
     nodes = f"{machine.num_nodes} node{'s' * (machine.num_nodes > 1)} of {machine.gpus_per_node}"
+    assumed = f" Its rates are not known: those of {machine.rates_of} are assumed." if machine.rates_of else ""
     return [
         f"- Models: {models}; {work.trained / 1e9:.3f} B trained, {work.projections / 1e6:.1f} M of them projections.",
         f"- Machine: {nodes} × {machine.name}, {machine.memory / GB:.0f} GB each, {machine.reserve / GB:.0f} GB of it "
         f"left to CUDA and NCCL; {machine.intra / GB:.0f} GB/s in a node, {machine.inter / GB:.0f} GB/s between nodes; "
-        f"products at {100 * machine.efficiency:.0f} % of the peak.",
+        f"products at {100 * machine.efficiency:.0f} % of the peak.{assumed}",
         f"- Step: {global_batch(work, machine)} samples of up to {work.sequence_length} tokens, "
         f"{work.element_bytes}-byte elements.",
         f"- Plans: {len(found.fitting)} fit, {len(found.pruned)} do not. All figures are predictions for full-length "
@@ -91,7 +96,7 @@ def _setting(work: Workload, machine: Machine, found: Search) -> list[str]:
     ]
 
 
-def _chosen(chosen: Candidate, machine: Machine, correction: Correction, folder: Path) -> list[str]:
+def _chosen(chosen: Candidate, machine: Machine, folder: Path) -> list[str]:
     needed, seconds = chosen.memory, chosen.time
     parts = _table(("bytes of a rank at the peak", "GB"), [(n, f"{size / GB:.2f}") for n, size in needed.largest])
     phases = {name: sum(needed.always.values()) + sum(parts.values()) for name, parts in needed.phases.items()}
@@ -100,7 +105,7 @@ def _chosen(chosen: Candidate, machine: Machine, correction: Correction, folder:
     times = _table(("seconds of a step", "s"), [(name, f"{value:.3f}") for name, value in seconds.parts.items()])
     return [
         f"**{chosen.plan.describe()}**: {seconds.total:.2f} s a step, "
-        f"{correction.memory * needed.peak / GB:.1f} of {machine.usable / GB:.1f} GB ({needed.peak_phase}).",
+        f"{needed.peak / GB:.1f} of {machine.usable / GB:.1f} GB ({needed.peak_phase}).",
         "",
         next_bottleneck(chosen),
         "",
@@ -135,7 +140,8 @@ def _trials(trials: Sequence[Trial], correction: Correction) -> list[str]:
     return [
         *_table(("plan", "outcome", "s, predicted / measured", "GB, predicted / measured", "note"), rows),
         "",
-        f"Predictions are multiplied by {correction.memory:.3f} (memory) and {correction.time:.3f} (time) from here.",
+        f"All other predictions on this page are multiplied by {correction.memory:.3f} (memory) and "
+        f"{correction.time:.3f} (time).",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mta_ds.files import write_atomic
-from mta_ds.tuning.memory import PERSISTENCE_THRESHOLD, RESIDENT, SUB_GROUP, Plan
+from mta_ds.tuning.memory import PERSISTENCE_THRESHOLD, SUB_GROUP, Plan
 from mta_ds.tuning.shapes import ModelShape
 
 
@@ -32,8 +32,9 @@ def student_json(plan: Plan, student: ModelShape) -> dict[str, Any]:
             "sub_group_size": SUB_GROUP,
             "stage3_prefetch_bucket_size": plan.prefetch_bucket_size,
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
-            "stage3_max_live_parameters": RESIDENT if plan.resident else released,
-            "stage3_max_reuse_distance": RESIDENT if plan.resident else 0,
+            "stage3_max_live_parameters": student.parameters if plan.resident else released,
+            # from the first layer's forward to its backward all weights are met twice
+            "stage3_max_reuse_distance": 2 * student.parameters if plan.resident else 0,
         }
     if not plan.offload_optimizer:
         return {"zero_optimization": zero}

@@ -10,18 +10,16 @@ from typing import NamedTuple
 from mta_ds.errors import UserError
 from mta_ds.tuning.machine import GB, Machine
 from mta_ds.tuning.memory import Memory, Plan, memory
-from mta_ds.tuning.shapes import Workload, with_length
+from mta_ds.tuning.shapes import Workload
 from mta_ds.tuning.time import StepTime, step_time
 
 REDUCE_BUCKETS = (10_000_000, 50_000_000, 200_000_000)
 PREFETCH_BUCKETS = (0, 10_000_000, 50_000_000, 200_000_000)
-_MAX_RANKS = 4096
-_MIN_LENGTH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What measured trials multiply predictions by."""
+    """What measured trials multiply predictions by: all parts of them, so that they still add up."""
 
     memory: float = 1.0
     time: float = 1.0
@@ -106,16 +104,19 @@ def divisors(number: int) -> list[int]:
 
 
 def judge(work: Workload, plan: Plan, machine: Machine, correction: Correction | None = None) -> Candidate:
-    """Predict a plan and say whether it fits."""
+    """Predict a plan, corrected by trials if there were any, and say whether it fits."""
     factors = correction or Correction()
-    needed, seconds = memory(work, plan, machine), step_time(work, plan, machine)
-    seconds = seconds._replace(total=seconds.total * factors.time)
-    return Candidate(plan, needed, seconds, _reason(needed, machine, factors))
+    predicted = memory(work, plan, machine)
+    needed = predicted.times(factors.memory)
+    if machine.is_gpu:  # trials tell of the GPU alone
+        needed = needed._replace(host=predicted.host)
+    seconds = step_time(work, plan, machine).times(factors.time)
+    return Candidate(plan, needed, seconds, _reason(needed, machine))
 
 
-def _reason(needed: Memory, machine: Machine, factors: Correction) -> str | None:
+def _reason(needed: Memory, machine: Machine) -> str | None:
     """What does not fit, and what fills it."""
-    on_device = factors.memory * (needed.peak + (0 if machine.is_gpu else needed.host_total))
+    on_device = needed.peak + (0 if machine.is_gpu else needed.host_total)
     if on_device > machine.usable:
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in needed.largest[:3])
         return (
@@ -146,61 +147,3 @@ def with_global_batch(work: Workload, samples: int, machine: Machine) -> Workloa
             f"a global batch of {samples} cannot be shared by {machine.num_ranks} ranks; the nearest that can is {near}"
         )
     return replace(work, batch_per_rank=per_rank)
-
-
-def explain_nothing_fits(work: Workload, machine: Machine, found: Search) -> str:
-    """In a line: what the leanest plan needs, and the smallest changes after which something fits."""
-    leanest = found.pruned[0]
-    changes = [change for change in (_shorter(work, machine), _more(work, machine), _larger(machine, found)) if change]
-    return (
-        f"no plan fits {machine.num_ranks} x {machine.name} of {machine.memory / GB:.0f} GB: even "
-        f"'{leanest.plan.describe()}': {leanest.reason}; smallest change: " + ", or ".join(changes)
-    )
-
-
-def fits_at_all(work: Workload, machine: Machine) -> bool:
-    """Whether any plan fits; the leanest buckets decide."""
-    return any(
-        judge(work, plan, machine).reason is None
-        for plan in plans(work, machine)
-        if plan.reduce_bucket_size == REDUCE_BUCKETS[0] and plan.prefetch_bucket_size == 0
-    )
-
-
-def _shorter(work: Workload, machine: Machine) -> str | None:
-    """Half of the sequences, or a quarter, ..."""
-    length = work.sequence_length // 2
-    while length >= _MIN_LENGTH:
-        if fits_at_all(with_length(work, length), machine):
-            return f"data.max_length: {length} instead of {work.sequence_length}"
-        length //= 2
-    return None
-
-
-def _more(work: Workload, machine: Machine) -> str | None:
-    """More GPUs, the batch of a rank being at least one sample."""
-    one = replace(work, batch_per_rank=1)
-    nodes = gpus = 0
-    for ranks in range(machine.num_ranks + 1, _MAX_RANKS + 1):
-        nodes, gpus = (1, ranks) if ranks <= 8 else (-(-ranks // 8), 8)
-        if machine.num_nodes > 1 or machine.gpus_per_node > 8:
-            nodes, gpus = -(-ranks // machine.gpus_per_node), machine.gpus_per_node
-        if nodes * gpus != ranks:
-            continue
-        if fits_at_all(one, replace(machine, gpus_per_node=gpus, num_nodes=nodes)):
-            where = f" on {nodes} nodes" if nodes > 1 else ""
-            return f"{ranks} GPUs{where} instead of {machine.num_ranks}"
-        if nodes > 8:  # what does not shrink any more with the number of ranks never will
-            return None
-    return None
-
-
-def _larger(machine: Machine, found: Search) -> str:
-    """The memory that a GPU would need; the host's as well where that is what lacks."""
-    in_host = [c for c in found.pruned if c.reason and "a node's memory" in c.reason]
-    filled = min(c.memory.peak + (0 if machine.is_gpu else c.memory.host_total) for c in found.pruned)
-    needed = filled / (1 - machine.headroom) + machine.reserve
-    if in_host and needed <= machine.memory:
-        host = min(c.memory.host_total for c in in_host) * machine.gpus_per_node / 0.9
-        return f"{host / GB:.0f} GB of memory in a node instead of {machine.host_memory / GB:.0f}"
-    return f"GPUs of {needed / GB:.0f} GB instead of {machine.memory / GB:.0f}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.pair import choose_method, key_layers
 from mta_ds.errors import UserError
-from mta_ds.losses import FDDConfig, Method
+from mta_ds.losses import Method
 from mta_ds.models import KeyLayer, adapter_size, load_config, state_width
 from mta_ds.models.body import decoder_layers
 from mta_ds.models.initialise import cut_config, every_kth
@@ -39,6 +41,10 @@ class ModelShape:
     vocabulary: int
     sizes: tuple[int, ...]
     """Of every parameter, for what ZeRO-3 gathers at once and what it never cuts."""
+    active: int
+    """Of all decoder layers, what one token is multiplied with: of a mixture's experts those it is sent to."""
+    cache_width: int
+    """Keys and values of a token in all layers."""
     bytes: LayerBytes
 
     @property
@@ -56,6 +62,15 @@ class ModelShape:
         return sum(size for size in self.sizes if size < threshold)
 
 
+class Writing(NamedTuple):
+    """How the student writes rollouts."""
+
+    sequences: int
+    """Written at once."""
+    new_tokens: int
+    """Of a sequence, at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """One optimizer step of one run, apart from how it is cut over ranks and micro-steps."""
@@ -65,18 +80,22 @@ class Workload:
     """As far as it runs: cut after the last layer that is needed; None for plain SFT."""
     trained: int
     """Elements that are trained, projections included: all of the student's, or its adapters."""
+    adapters: bool
+    """Whether the student's own weights are frozen, its head among them, and adapters trained beside them."""
     projections: int
     """Elements of the projections."""
     key_layers: tuple[KeyLayer, ...]
     """MTA's."""
-    head_passes: int
-    """States that go through the LM heads: the final one, and a method's key layers."""
+    trajectory: tuple[int, ...]
+    """Student layers that FDD compares in output space."""
+    trajectory_normed: bool
+    """Whether their states go through the final norms first."""
     teacher_head: bool
     """Whether the teacher's LM head is read."""
     keeps_teacher_states: bool
     """Token weights by entropy: the teacher's covered states stay, in bfloat16, until its end."""
-    rollouts: bool
-    """Whether the student writes: a whole copy of it exists meanwhile."""
+    writing: Writing | None
+    """Of a method that trains on what the student writes: a whole copy of it exists meanwhile."""
     asynchronous_saves: bool
     """Whether a checkpoint is copied before it is written."""
     sequence_length: int
@@ -88,6 +107,21 @@ class Workload:
     element_bytes: int
     """Of weights, states and gradients."""
 
+    @property
+    def student_elements(self) -> int:
+        """The student's, and what is trained beside it: projections, adapters."""
+        return self.student.parameters + (self.trained if self.adapters else self.projections)
+
+    @property
+    def trained_head(self) -> int:
+        """Elements of the student's head that have a gradient."""
+        return 0 if self.adapters else self.student.head
+
+    @property
+    def head_passes(self) -> int:
+        """States that go through the LM heads: the final one, and FDD's, each with the one of the layer before."""
+        return 1 + max(0, 2 * len(self.trajectory) - 1)
+
     def tokens(self, micro_batch_size: int) -> int:
         """Tokens of a full micro-batch."""
         return micro_batch_size * self.sequences_per_sample * self.sequence_length
@@ -97,19 +131,32 @@ def model_shape(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -
     """Count and size a model by its config; nothing is loaded."""
     model = skeleton(config)
     sizes = tuple(parameter.numel() for parameter in model.parameters())  # tied ones come once
+    layers = decoder_layers(model)
     heads = getattr(config, "num_attention_heads", 1)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     return ModelShape(
         parameters=sum(sizes),
         num_layers=config.num_hidden_layers,
-        layer_parameters=sum(p.numel() for p in decoder_layers(model)[0].parameters()),
+        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         width=config.hidden_size,
         final_width=state_width(config, config.num_hidden_layers),
         attention_width=heads * head_width,
         vocabulary=config.vocab_size,
         sizes=sizes,
+        active=round(sum(_active(layer, config) for layer in layers)),
+        cache_width=2 * key_heads * head_width * config.num_hidden_layers,
         bytes=outline(config, dtype, num_tokens),
     )
+
+
+def _active(layer: nn.Module, config: PretrainedConfig) -> float:
+    """Elements of a decoder layer that one token meets."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = experts or getattr(config, "n_routed_experts", None)
+    share = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
+    sizes = ((f".{name}.", parameter.numel()) for name, parameter in layer.named_parameters())
+    return sum(size * (share if ".experts." in name else 1) for name, size in sizes)
 
 
 def workload(config: RunConfig, batch_per_rank: int | None = None) -> Workload:
@@ -140,18 +187,27 @@ def workload(config: RunConfig, batch_per_rank: int | None = None) -> Workload:
         student=student,
         teacher=_teacher(teacher_config, depth, dtype, length) if depth else None,
         trained=trained + projections,
+        adapters=lora is not None,
         projections=projections,
         key_layers=aligned,
-        head_passes=1 + (len(method.key_layers) if isinstance(config.loss, FDDConfig) else 0),
+        trajectory=tuple(method.key_layers.values()),
+        trajectory_normed=method.uses_norm,
         teacher_head=needs_final,
         keeps_teacher_states=config.mta is not None and config.mta.teacher_weights == "entropy",
-        rollouts=method.rollouts is not None,
+        writing=_writing(method, length),
         asynchronous_saves=config.train.asynchronous_saves,
         sequence_length=length,
         sequences_per_sample=2 if method.pairs else 1,
         batch_per_rank=batch_per_rank or config.train.micro_batch_size * config.train.gradient_accumulation_steps,
         element_bytes=2 if config.train.dtype == "bfloat16" else 4,
     )
+
+
+def _writing(method: Method, length: int) -> Writing | None:
+    options = method.rollouts
+    if options is None:
+        return None
+    return Writing(options.batch_size, min(length, options.max_new_tokens or length))
 
 
 def with_length(work: Workload, sequence_length: int) -> Workload:

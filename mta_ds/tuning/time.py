@@ -1,10 +1,12 @@
 """How long a step takes on a machine: products at an assumed share of the peak rate, gathers at the links' rates.
 
-FLOPs: 2 a parameter and token forward, twice that backward, once more where layers are recomputed; attention counts
-its causal half. Bytes: the teacher is gathered once a micro-step; the student once where it stays gathered, twice where
-it is released, 2.7 times with checkpointing (measured); gradients are reduced once a micro-step under stages 2 and 3,
-once a step under stage 1; the teacher's head is gathered once a step. Gathers run beside products where something is
-prefetched. Efficiency, what overlap hides and what small matrices lose are assumptions; trials correct their sum.
+FLOPs: 2 a parameter and token forward, twice that backward (once where adapters are trained beside frozen weights),
+once more where layers are recomputed; attention counts its causal half; of a mixture's experts those count that a token
+is sent to. Bytes: the teacher is gathered once a micro-step; the student once where it stays gathered, twice where it
+is released, 2.7 times with checkpointing (measured); gradients are reduced once a micro-step under stages 2 and 3, once
+a step under stage 1; the teacher's head is gathered once a step. Gathers run beside products where something is
+prefetched. Rollouts read all weights for every token that they write. Efficiency, what overlap hides and what small
+matrices lose are assumptions; trials correct their sum.
 """
 
 from __future__ import annotations
@@ -12,16 +14,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mta_ds.tuning.machine import Machine
-from mta_ds.tuning.memory import RESIDENT, Plan
+from mta_ds.tuning.memory import Plan
 from mta_ds.tuning.shapes import SPANS_PER_TOKEN, ModelShape, Workload
 
 LATENCY = {"node": 30e-6, "network": 80e-6}
 """Seconds that a collective takes however small it is."""
 _EXPOSED = 0.1
 _HALF_RATE_TOKENS = 256  # at which products reach half of their rate: small matrices do not fill a GPU
-_STEPPED_BYTES = (
-    30  # that AdamW moves for each element: gradient, master, moments read; master, moments, weight written
-)
+_STEPPED_BYTES = 30  # of an element in AdamW: gradient, master, moments read; master, moments, weight written
+_LAYER_CALL = 5e-4  # seconds of Python and launches for one layer, however small: what bounds a token that is written
 
 
 class StepTime(NamedTuple):
@@ -31,6 +32,10 @@ class StepTime(NamedTuple):
     parts: dict[str, float]
     """Each by itself; those of links run beside products, so they add up to more than the total."""
     micro_steps: int
+
+    def times(self, factor: float) -> StepTime:
+        """All of it, as trials correct it."""
+        return StepTime(factor * self.total, {name: factor * s for name, s in self.parts.items()}, self.micro_steps)
 
     @property
     def bottleneck(self) -> str:
@@ -52,6 +57,7 @@ def step_time(work: Workload, plan: Plan, machine: Machine) -> StepTime:
         + parts["MTA's losses"]
         + parts["optimizer step"]
         + parts["heads and updated weights gathered"]
+        + parts["rollouts"]
     )
     return StepTime(total, parts, steps)
 
@@ -65,33 +71,46 @@ def _one_after_another(first: float, second: float) -> float:
     return first + second
 
 
-def model_flops(shape: ModelShape, sequences: int, length: int) -> float:
-    """Of a forward without the LM head."""
-    tokens = sequences * length
-    body = shape.num_layers * shape.layer_parameters
-    return 2.0 * body * tokens + 2.0 * sequences * length**2 * shape.attention_width * shape.num_layers
+def model_flops(shape: ModelShape, sequences: int, length: int) -> tuple[float, float]:
+    """Of a forward without the LM head: with weights, and in attention."""
+    attention = 2.0 * sequences * length**2 * shape.attention_width * shape.num_layers
+    return 2.0 * shape.active * sequences * length, attention
 
 
 def _products(work: Workload, plan: Plan, machine: Machine) -> dict[str, float]:
     """Seconds of products, over all micro-steps."""
     sequences, tokens = plan.micro_batch_size * work.sequences_per_sample, work.tokens(plan.micro_batch_size)
     steps, rate = plan.gradient_accumulation_steps, product_rate(work, tokens, machine)
-    student = model_flops(work.student, sequences, work.sequence_length)
-    teacher = model_flops(work.teacher, sequences, work.sequence_length) if work.teacher else 0.0
-    heads = 6.0 * tokens * work.student.head
+    weights, attention = model_flops(work.student, sequences, work.sequence_length)
+    teacher = sum(model_flops(work.teacher, sequences, work.sequence_length)) if work.teacher else 0.0
+    # logits and their gradient to the states; frozen weights have none of their own
+    heads = 4.0 * tokens * work.student.head + 2.0 * tokens * work.trained_head
     if work.teacher is not None and work.teacher_head:
         heads += 2.0 * tokens * work.teacher.head
     stepped = _STEPPED_BYTES * work.trained / machine.num_ranks
     bandwidth = machine.host_bandwidth / machine.gpus_per_node if plan.offload_optimizer else machine.bandwidth
     copied = 2 * work.element_bytes * work.trained / machine.num_ranks if plan.offload_optimizer else 0.0
     return {
-        "student": steps * 3 * student / rate,
-        "recomputation": steps * student / rate if plan.gradient_checkpointing else 0.0,
+        "student": steps * ((2 if work.adapters else 3) * weights + 3 * attention) / rate,
+        "recomputation": steps * (weights + attention) / rate if plan.gradient_checkpointing else 0.0,
         "teacher": steps * teacher / rate,
         "LM heads and divergence": steps * work.head_passes * heads / rate,
         "MTA's losses": steps * _structural_seconds(work, sequences, machine),
         "optimizer step": stepped / bandwidth + copied / machine.host_link,
+        "rollouts": _writing_seconds(work, machine),
     }
+
+
+def _writing_seconds(work: Workload, machine: Machine) -> float:
+    """A rank's sequences of a step, written a batch at a time, a token of each after another."""
+    if work.writing is None:
+        return 0.0
+    shape, sequences = work.student, min(work.writing.sequences, work.batch_per_rank)
+    cached = shape.cache_width * sequences * work.sequence_length / 2  # on average
+    reading = work.element_bytes * (shape.parameters + cached) / machine.bandwidth
+    products = 2.0 * (shape.active + shape.head) * sequences / machine.rate(work.element_bytes)
+    token = max(reading, products, shape.num_layers * _LAYER_CALL)
+    return -(-work.batch_per_rank // sequences) * work.writing.new_tokens * token
 
 
 def product_rate(work: Workload, tokens: int, machine: Machine) -> float:
@@ -116,8 +135,7 @@ def _structural_seconds(work: Workload, sequences: int, machine: Machine) -> flo
 def _links(work: Workload, plan: Plan, machine: Machine) -> dict[str, float]:
     """Seconds of gathers and reductions, over all micro-steps."""
     b, n, steps = work.element_bytes, machine.num_ranks, plan.gradient_accumulation_steps
-    student = work.student.parameters + work.projections
-    teacher = work.teacher
+    student, teacher = work.student_elements, work.teacher
     in_node = machine.num_nodes == 1
 
     def across(elements: float, chunk: float, within: bool = in_node) -> float:
@@ -131,8 +149,7 @@ def _links(work: Workload, plan: Plan, machine: Machine) -> dict[str, float]:
 
     gathers = 0.0
     if plan.student_stage == 3:
-        stays = plan.resident and student <= RESIDENT
-        times = 1.0 if stays else 2.7 if plan.gradient_checkpointing else 2.0
+        times = 1.0 if plan.resident else 2.7 if plan.gradient_checkpointing else 2.0
         gathers = steps * times * across(student, _at_once(work.student, plan))
     teacher_gathers = heads = 0.0
     if teacher is not None:

@@ -1,20 +1,17 @@
 """Run plans for real, a few steps each, in processes of their own: running out of memory is a result, not an end.
 
 A trial is ``mta-ds train`` on the run's own data, in ``tune/trials/<name>``: 8 steps, of which 4 to 8 are timed (ZeRO-3
-knows its order of gathers after the second). What it found is kept in result.json, so that tune resumes after a kill.
+knows its order of gathers after the second). What it found is kept in result.json, so that tune resumes after a kill;
+a trial that failed or was too slow is run again, since its reason may be gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,17 +22,22 @@ from mta_ds.config import dump
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.pair import student_folder, teacher_folder
 from mta_ds.files import write_atomic
-from mta_ds.launch.local import PARENT
 from mta_ds.losses import DistiLLMConfig
 from mta_ds.tuning.machine import Machine
 from mta_ds.tuning.memory import CHECKPOINT_COPY, Plan
 from mta_ds.tuning.plan_files import override, write_plan
+from mta_ds.tuning.processes import library_bytes, run_ranks
 from mta_ds.tuning.search import Candidate, Correction
 from mta_ds.tuning.shapes import ModelShape
 
 STEPS = 8
-_TIMED = range(4, STEPS + 1)
-_OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "Cannot allocate memory", "DefaultCPUAllocator: can't allocate")
+OK, OUT_OF_MEMORY, TOO_SLOW, FAILED, DIFFERS = "ok", "out of memory", "too slow", "failed", "differs"
+_OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "OutOfMemoryError",
+    "Cannot allocate memory",
+    "DefaultCPUAllocator: can't allocate",
+)
 # the relative difference of gradient norms that another order of sums explains
 _AGREE = {"float32": 1e-3, "bfloat16": 3e-2}
 
@@ -48,7 +50,7 @@ class Trial:
     predicted_seconds: float
     predicted_bytes: float
     outcome: str
-    """ok, out of memory, too slow or failed."""
+    """ok, out of memory, too slow or failed; or it ran, and its gradient differs from the others'."""
     note: str = ""
     seconds: float | None = None
     """Median of the timed steps."""
@@ -64,19 +66,50 @@ class Trial:
         return cls(**(values | {"plan": Plan(**values["plan"]), "grad_norms": tuple(values["grad_norms"])}))
 
 
-def run_trials(
-    config: RunConfig,
-    student: ModelShape,
-    candidates: Sequence[Candidate],
-    machine: Machine,
-    root: Path,
-    minutes: float,
-) -> list[Trial]:
-    """Run every candidate's trial that has no result yet, one after another; returns all, norms compared."""
-    config = _without_cuts(config)
-    baseline = 0 if machine.is_gpu else _library_bytes()
-    trials = [_trial(config, student, candidate, machine, root, minutes, baseline) for candidate in candidates]
-    return compare_norms(trials, config.train.dtype)
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs trials of one configuration on one machine, below ``root``."""
+
+    config: RunConfig
+    student: ModelShape
+    machine: Machine
+    root: Path
+    minutes: float
+    steps: int = STEPS
+
+    def run(self, candidates: Sequence[Candidate]) -> list[Trial]:
+        """Every candidate's trial that has no result yet, one after another."""
+        config = _without_cuts(self.config)
+        baseline = library_bytes(self.machine)
+        return [self._trial(config, candidate, baseline) for candidate in candidates]
+
+    def _trial(self, config: RunConfig, candidate: Candidate, baseline: int) -> Trial:
+        folder = self.root / self._name(config, candidate.plan)
+        result = folder / "result.json"
+        if result.is_file():
+            kept = Trial.from_json(json.loads(result.read_text(encoding="utf-8")))
+            predicted = (candidate.time.total, predicted_bytes(candidate, self.machine))  # by this version's model
+            return dataclasses.replace(kept, predicted_seconds=predicted[0], predicted_bytes=predicted[1])
+        shutil.rmtree(folder, ignore_errors=True)  # a trial that was killed begins anew
+        folder.mkdir(parents=True)
+        write_plan(candidate.plan, self.student, folder)
+        trial_config = _config_of_trial(config, override(candidate.plan, folder), folder, self.steps)
+        write_atomic(folder / "trial.yaml", dump(trial_config))
+        command = ["train", str(folder / "trial.yaml")]
+        code, log = run_ranks(command, self.machine, folder / "log.txt", 60 * self.minutes)
+        trial = read_trial(candidate, self.machine, folder, code, log, baseline)
+        for bulky in ("checkpoints", "export", "tensorboard"):
+            shutil.rmtree(folder / bulky, ignore_errors=True)
+        if trial.outcome in (OK, OUT_OF_MEMORY):
+            write_atomic(result, json.dumps(trial.as_json(), indent=1))
+        return trial
+
+    def _name(self, config: RunConfig, plan: Plan) -> str:
+        """Of a trial's folder: what another run, plan or machine would not have."""
+        machine = self.machine
+        where = [machine.name, machine.memory, machine.gpus_per_node, machine.num_nodes]
+        identity = json.dumps([asdict(plan), config.training_hash(), where, self.steps], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def choose_for_trial(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
@@ -92,74 +125,60 @@ def choose_for_trial(fitting: Sequence[Candidate], count: int) -> list[Candidate
 
 def fit(trials: Sequence[Trial]) -> Correction:
     """Factors on predictions: the median of measured over predicted; 1 where nothing was measured."""
-    done = [trial for trial in trials if trial.outcome == "ok"]
+    done = [trial for trial in trials if trial.outcome == OK]
     memory = [t.peak_bytes / t.predicted_bytes for t in done if t.peak_bytes and t.predicted_bytes]
     time = [t.seconds / t.predicted_seconds for t in done if t.seconds and t.predicted_seconds]
     return Correction(median(memory) if memory else 1.0, median(time) if time else 1.0)
 
 
 def compare_norms(trials: Sequence[Trial], dtype: str) -> list[Trial]:
-    """Note where a plan's first gradient norm is not the first trial's: the same batch must give the same gradient."""
-    done = [trial for trial in trials if trial.outcome == "ok" and trial.grad_norms]
-    if not done:
+    """Tell the trials that differ: the same batch must give the same gradient norm, that of most trials (or the first).
+
+    A plan whose gradient is another's is no choice, however fast.
+    """
+    done = [trial for trial in trials if trial.outcome == OK and trial.grad_norms]
+    norms = [trial.grad_norms[0] for trial in done]
+
+    def agree(a: float, b: float) -> bool:
+        return abs(a - b) <= _AGREE[dtype] * max(abs(b), 1e-30)
+
+    if not norms:
         return list(trials)
-    norm = done[0].grad_norms[0]
+    norm = max(norms, key=lambda one: sum(agree(one, other) for other in norms))
 
     def judged(trial: Trial) -> Trial:
         if trial not in done:
             return trial
-        off = abs(trial.grad_norms[0] - norm) / max(norm, 1e-30)
-        word = "agrees" if off <= _AGREE[dtype] else "DIFFERS"
-        return dataclasses.replace(trial, note=f"gradient norm {trial.grad_norms[0]:.4g} {word}")
+        own = trial.grad_norms[0]
+        if agree(own, norm):
+            return dataclasses.replace(trial, note=f"gradient norm {own:.4g} agrees")
+        return dataclasses.replace(trial, outcome=DIFFERS, note=f"gradient norm {own:.4g}, others' {norm:.4g}")
 
     return [judged(trial) for trial in trials]
 
 
-def _trial(
-    config: RunConfig,
-    student: ModelShape,
-    candidate: Candidate,
-    machine: Machine,
-    root: Path,
-    minutes: float,
-    baseline: int,
-) -> Trial:
-    identity = json.dumps([asdict(candidate.plan), config.training_hash(), machine.num_ranks], sort_keys=True)
-    folder = root / hashlib.sha256(identity.encode()).hexdigest()[:12]
-    result = folder / "result.json"
-    if result.is_file():
-        return Trial.from_json(json.loads(result.read_text(encoding="utf-8")))
-    shutil.rmtree(folder, ignore_errors=True)  # a trial that was killed begins anew
-    folder.mkdir(parents=True)
-    write_plan(candidate.plan, student, folder)
-    trial_config = _config_of_trial(config, override(candidate.plan, folder), folder)
-    write_atomic(folder / "trial.yaml", dump(trial_config))
-    code, log = _run(["train", str(folder / "trial.yaml")], machine, folder, 60 * minutes)
-    trial = read_trial(candidate, machine, folder, code, log, baseline)
-    for bulky in ("checkpoints", "export", "tensorboard"):
-        shutil.rmtree(folder / bulky, ignore_errors=True)
-    write_atomic(result, json.dumps(trial.as_json(), indent=1))
-    return trial
+def predicted_bytes(candidate: Candidate, machine: Machine) -> float:
+    """What a trial of the candidate should hold: on a CPU the host's memory as well, but no checkpoint's copy."""
+    host = sum(size for name, size in candidate.memory.host.items() if name != CHECKPOINT_COPY)
+    return candidate.memory.peak + (0 if machine.is_gpu else host)
 
 
 def read_trial(
     candidate: Candidate, machine: Machine, folder: Path, code: int | None, log: str, baseline: int
 ) -> Trial:
     """What a trial's run folder and log say; ``code`` is None where its time was over."""
-    host = sum(size for name, size in candidate.memory.host.items() if name != CHECKPOINT_COPY)  # a trial makes none
-    predicted = candidate.memory.peak + (0 if machine.is_gpu else host)
-    trial = Trial(candidate.plan, candidate.time.total, predicted, "ok")
+    trial = Trial(candidate.plan, candidate.time.total, predicted_bytes(candidate, machine), OK)
     if code != 0:
         said = [line.strip() for line in log.splitlines() if line.strip()]
         last = next((line for line in reversed(said) if "rror" in line), said[-1] if said else "said nothing")
         killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        oom = killed or any(word in log for word in _OUT_OF_MEMORY)
-        outcome = "too slow" if code is None else "out of memory" if oom else "failed"
+        oom = killed or any(word in log for word in _OUT_OF_MEMORY_WORDS)
+        outcome = TOO_SLOW if code is None else OUT_OF_MEMORY if oom else FAILED
         return dataclasses.replace(trial, outcome=outcome, note=last[:200])
     perf, metrics = _rows(folder / "perf.jsonl"), _rows(folder / "metrics.jsonl")
     return dataclasses.replace(
         trial,
-        seconds=median(row["seconds"] for row in perf if row["step"] in _TIMED),
+        seconds=median(row["seconds"] for row in perf[len(perf) // 2 - 1 :]),
         peak_bytes=max(row["peak_memory_bytes"] for row in perf) - baseline,
         grad_norms=tuple(row["grad_norm"] for row in metrics if "grad_norm" in row),
     )
@@ -169,10 +188,10 @@ def _rows(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _config_of_trial(config: RunConfig, changes: dict[str, dict[str, Any]], folder: Path) -> RunConfig:
+def _config_of_trial(config: RunConfig, changes: dict[str, dict[str, Any]], folder: Path, steps: int) -> RunConfig:
     """The run, short and alone: no checkpoint in between, no validation unless the method lives by it."""
     train = changes["train"] | {
-        **{"steps": STEPS, "epochs": None, "log_every": 1, "save_every": None, "validate_every": None},
+        **{"steps": steps, "epochs": None, "log_every": 1, "save_every": None, "validate_every": None},
         **{"asynchronous_saves": False, "max_minutes": None, "wandb_project": None},
     }
     data: dict[str, Any] = {} if isinstance(config.loss, DistiLLMConfig) else {"validation": []}
@@ -192,34 +211,3 @@ def _without_cuts(config: RunConfig) -> RunConfig:
             "student": config.student.model_copy(update={"path": str(student), "config": None, "teacher_layers": None}),
         }
     )
-
-
-def _run(arguments: list[str], machine: Machine, folder: Path, seconds: float) -> tuple[int | None, str]:
-    """Run a command of ours on all ranks, in a process group of its own; its exit code, None if time was over."""
-    command, environment = [sys.executable, "-m", "mta_ds", *arguments], dict(os.environ)
-    if "SLURM_JOB_ID" in os.environ:  # the allocation's tasks are the ranks
-        command = ["srun", "--kill-on-bad-exit=1", f"--ntasks={machine.num_ranks}", *command]
-    else:
-        command += ["--nproc", str(machine.num_ranks)]
-        environment[PARENT] = str(os.getpid())  # should tune be killed, its trial ends too
-    log = folder / "log.txt"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks follow their launcher
-            process.wait()
-    return code, log.read_text(encoding="utf-8", errors="replace")
-
-
-def _library_bytes() -> int:
-    """What a rank holds before it has a model: the imported libraries."""
-    code = "import mta_ds.engine.train; from mta_ds.engine.metrics import peak_memory_bytes; print(peak_memory_bytes())"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])

@@ -9,7 +9,7 @@ from tuning_cases import small_machine, small_plan, small_work
 
 from mta_ds.models.key_layers import KeyLayer
 from mta_ds.tuning.memory import memory, student_activations
-from mta_ds.tuning.shapes import ModelShape
+from mta_ds.tuning.shapes import ModelShape, Writing
 
 
 def big(shape: ModelShape) -> ModelShape:
@@ -33,12 +33,11 @@ def big_work(**changes):
 
 def test_stage_2_by_hand() -> None:
     needed = memory(small_work(), small_plan(), small_machine())
-    # 100 + 32 elements of 2 bytes; all trained ones cut over 2 ranks; two buckets of 7
+    # 100 + 32 elements of 2 bytes; all trained ones cut over 2 ranks; two micro-steps add to the gradients
     assert needed.always == {
         "student weights": 264,
         "student gradients": 132,
         "student master weights and moments": 792,
-        "reduce buckets": 28,
         "teacher partitions": 1000,
         "teacher small parameters": 2000,  # all five are below the threshold, so whole as well
     }
@@ -55,6 +54,7 @@ def test_stage_2_by_hand() -> None:
     assert heads["logits chunk"] == 20 * 10 * (4 + 4 + 2)  # all 20 tokens at once
     assert heads["student head's gradient"] == 4 * 40
     assert heads["teacher's LM head"] == 2 * 25 * 8
+    assert needed.phases["backward's end"] == {"reduce buckets": 2 * 2 * 7, "teacher's LM head": 400}
     assert needed.phases["optimizer"] == {"fp32 gradients of the step": 4 * 66, "teacher's LM head": 400}
     assert needed.peak == sum(needed.always.values()) + max(sum(p.values()) for p in needed.phases.values())
 
@@ -62,7 +62,7 @@ def test_stage_2_by_hand() -> None:
 def test_checkpointing_keeps_a_layers_input_and_recomputes_one() -> None:
     work, plan = small_work(), small_plan(gradient_checkpointing=True)
     assert student_activations(work, plan)["student activations"] == 20 * (2 * 2 * 4 + 5)
-    assert memory(work, plan, small_machine()).phases["backward"]["student layer recomputed"] == 20 * 50
+    assert memory(work, plan, small_machine()).phases["backward's start"]["student layer recomputed"] == 20 * 50
 
 
 def test_offloads_move_to_the_host() -> None:
@@ -87,13 +87,63 @@ def test_hpz_keeps_a_second_cut_in_the_node() -> None:
 def test_options_of_a_run_add_their_parts() -> None:
     by_entropy = memory(small_work(keeps_teacher_states=True), small_plan(), small_machine())
     assert by_entropy.phases["teacher's forward"]["teacher states kept for entropy"] == 2 * 20 * 8
-    writes = memory(small_work(rollouts=True), small_plan(), small_machine())
-    assert writes.phases["rollouts"] == {"whole student while it writes": 200}
+    writes = memory(small_work(writing=Writing(3, 4)), small_plan(), small_machine())
+    # three sequences of 10 tokens, 16 elements of keys and values each
+    assert writes.phases["rollouts"] == {"whole student while it writes": 200, "keys and values": 2 * 16 * 3 * 10}
     assert memory(small_work(asynchronous_saves=False), small_plan(), small_machine()).host == {}
     pairs = memory(small_work(sequences_per_sample=2), small_plan(), small_machine())
     assert pairs.phases["heads"]["logits chunk"] == 40 * 10 * 10
     plain = memory(small_work(teacher=None, key_layers=(), teacher_head=False), small_plan(), small_machine())
     assert not any("teacher" in name for name in plain.always)
+
+
+def test_gradients_of_one_micro_step_exist_from_backward_to_the_step() -> None:
+    plan = small_plan(gradient_accumulation_steps=1)
+    needed = memory(small_work(), plan, small_machine())
+    assert "student gradients" not in needed.always | needed.phases["heads"] | needed.phases["backward's start"]
+    assert needed.phases["backward's end"]["student gradients"] == 132
+    assert needed.phases["optimizer"]["student gradients"] == 132
+    third = memory(small_work(), dataclasses.replace(plan, student_stage=3), small_machine())
+    assert (third.always["student gradients"], third.always["reduce buckets"]) == (132, 14)  # made once
+
+
+def test_fdd_goes_through_the_heads_inside_the_teachers_forward() -> None:
+    needed = memory(small_work(trajectory=(1, 2), trajectory_normed=True), small_plan(), small_machine())
+    within, heads = needed.phases["teacher's forward"], needed.phases["heads"]
+    assert within["logits chunk"] == 2 * heads["logits chunk"]  # this layer's and the one's before
+    assert within["student head's gradient"] == 4 * 40
+    assert within["teacher's LM head"] == heads["teacher's LM head"] == 400
+    assert within["FDD's teacher states"] == 4 * 2 * 20 * 8
+    assert within["FDD's stored gradients"] == heads["FDD's stored gradients"] == 4 * 20 * 4 * 3
+    assert within["key layers' states"] == 2 * 20 * 4 * 2  # MTA taps layer 1 as well
+    assert within["FDD's normed states"] == 20 * 2 * (2 * 4 + 5)
+
+
+def test_a_frozen_head_has_no_gradient() -> None:
+    work = small_work(adapters=True, trained=42)
+    needed = memory(work, small_plan(), small_machine())
+    assert needed.phases["heads"]["student head's gradient"] == 0
+    assert needed.always["student weights"] == 2 * (100 + 42)
+
+
+def test_a_kept_student_is_gathered_once_and_whole() -> None:
+    plan = small_plan(student_stage=3, resident=True)
+    needed = memory(big_work(), plan, small_machine())
+    assert needed.phases["heads"]["student gathered weights"] == 2 * 10_000_000
+    released = memory(big_work(), dataclasses.replace(plan, resident=False), small_machine())
+    assert released.phases["heads"]["student gathered weights"] == 2 * (4_000_000 + 3_000_000 + 3 + 40)
+
+
+def test_on_a_cpu_the_heap_keeps_what_it_has_grown_to() -> None:
+    machine = small_machine(is_gpu=False)
+    needed = memory(small_work(), small_plan(), machine)
+    assert needed.always["libraries at work"] > 0
+    kept = "freed, but kept by the heap"
+    mapped = {"student gradients", "fp32 gradients of the step", "logits chunk", "reduce buckets"}
+    grown = {sum(size for name, size in parts.items() if name not in mapped) for parts in needed.phases.values()}
+    assert len({round(size, 3) for size in grown}) == 1
+    assert needed.phases["optimizer"][kept] > 2100  # the activations among them
+    assert kept not in memory(small_work(), small_plan(), small_machine()).phases["optimizer"]
 
 
 def test_a_rank_alone_gathers_nothing() -> None:

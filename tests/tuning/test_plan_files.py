@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -45,7 +46,8 @@ def test_written_files_load_in_the_product(name: str, tmp_path) -> None:
     assert zero.reduce_bucket_size == plan.reduce_bucket_size
     assert (zero.offload_optimizer is not None) == plan.offload_optimizer
     if plan.student_stage == 3:
-        assert zero.max_live_parameters == (10**9 if plan.resident else 40 + 30 + 3)
+        assert zero.max_live_parameters == (100 if plan.resident else 40 + 30 + 3)
+        assert zero.max_reuse_distance == (200 if plan.resident else 0)  # to the last layer and back
     own = DeepSpeedConfig(teacher).zero_config
     assert own.stage == 3 and own.prefetch_bucket_size == 3
     assert own.zero_hpz_partition_size == plan.teacher_hpz
@@ -79,5 +81,14 @@ def test_every_line_of_the_shipped_configs_is_explained() -> None:
     page = (FOLDER.parent / "docs" / "zero.md").read_text(encoding="utf-8")
     for path in SHIPPED:
         assert f"`{path.name}`" in page
-        for key in json.loads(path.read_text())["zero_optimization"]:
-            assert f"`{key}" in page, (path.name, key)
+        for key in keys_of(json.loads(path.read_text())):
+            assert f"`{key}" in page or f".{key}" in page, (path.name, key)
+
+
+def keys_of(values: dict) -> Iterator[str]:
+    """All keys, those of sections as well, but not the one section that every file has."""
+    for key, value in values.items():
+        if key != "zero_optimization":
+            yield key
+        if isinstance(value, dict):
+            yield from keys_of(value)

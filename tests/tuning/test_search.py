@@ -8,12 +8,11 @@ import pytest
 from tuning_cases import preset, small_machine, small_plan, small_work
 
 from mta_ds.errors import UserError
-from mta_ds.tuning.machine import GB, choose_machine, known_gpu
+from mta_ds.tuning.machine import known_gpu
 from mta_ds.tuning.memory import memory
 from mta_ds.tuning.search import (
     Correction,
     divisors,
-    explain_nothing_fits,
     global_batch,
     judge,
     plans,
@@ -109,37 +108,3 @@ def test_70b_to_8b_on_4_nodes_of_8_gpus(tmp_path) -> None:
     first = [c for c in found.pruned if c.plan.student_stage == 1 and not c.plan.offload_optimizer]
     assert first and all(c.reason for c in first)
     assert any(c.plan.teacher_hpz == 8 for c in found.fitting)
-
-
-def test_nothing_fits_names_the_smallest_changes(tmp_path) -> None:
-    work = workload(preset(tmp_path, "70b-to-8b", "70b", "8b"))
-    machine = cluster("a10-24", 1, host_memory=64 * GB)
-    found = search(work, machine)
-    assert not found.fitting
-    line = explain_nothing_fits(work, machine, found)
-    assert "\n" not in line
-    assert "no plan fits 1 x a10-24 of 24 GB" in line
-    assert "GPUs" in line and "instead of" in line
-
-
-def test_what_is_named_as_a_change_does_fit(tmp_path) -> None:
-    work = workload(
-        preset(tmp_path, "gpt2-fdd-mta", "gpt2-xl", "gpt2", "data.max_length=65536", "train.micro_batch_size=1")
-    )
-    machine = cluster("a10-24", 1, memory=8 * GB)
-    found = search(work, machine)
-    assert not found.fitting
-    line = explain_nothing_fits(work, machine, found)
-    length = int(line.split("data.max_length: ")[1].split()[0])
-    shorter = dataclasses.replace(work, sequence_length=length)
-    assert search(shorter, machine).fitting
-    assert not search(dataclasses.replace(work, sequence_length=2 * length), machine).fitting
-
-
-def test_machines_by_name_and_by_hand() -> None:
-    machine = choose_machine(True, gpu="h100-80", gpus_per_node=8, num_nodes=2, inter=400, efficiency=0.5)
-    assert (machine.num_ranks, machine.memory, machine.inter, machine.rate(2)) == (16, 80 * GB, 400 * GB, 494.5e12)
-    with pytest.raises(UserError, match=r"--gpu h100: unknown GPU; did you mean 'h100-80'\?"):
-        choose_machine(True, gpu="h100")
-    with pytest.raises(UserError, match="--gpu abacus: unknown GPU; known: a10-24"):
-        choose_machine(True, gpu="abacus")

@@ -72,6 +72,26 @@ def test_working_bytes_hold_a_layers_widest_moment() -> None:
     assert 3 * 4 * 400 < measured.working < 5 * 4 * 400
 
 
+def test_attention_that_is_not_fused_keeps_its_scores() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("gemma2", vocab_size=64, num_hidden_layers=3, head_dim=12, **sizes)
+    short, long = (outline(config, torch.float32, length) for length in (16, 64))
+    # a token's bytes grow with the sequence by at least two matrices of two heads: scores, and their softmax
+    assert long.saved - short.saved >= 2 * 2 * (64 - 16) * 4
+
+
+def test_of_a_mixture_one_token_meets_few_experts() -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("mixtral", vocab_size=64, num_hidden_layers=2, num_local_experts=8, **sizes)
+    shape = model_shape(config, torch.float32, 16)
+    experts = 8 * 3 * 24 * 40
+    assert shape.active == 2 * (shape.layer_parameters - experts + experts * 2 / 8)
+
+
+def test_keys_and_values_of_a_token() -> None:
+    assert 2 * model_shape(model_config("8b"), torch.bfloat16, 64).cache_width == 131_072
+
+
 def test_published_sizes() -> None:
     sizes = {name: model_shape(model_config(name), torch.bfloat16, 64).parameters for name in ("gpt2", "gpt2-xl", "1b")}
     assert sizes == {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "1b": 1_235_814_400}
@@ -82,7 +102,8 @@ def test_a_run_from_two_configs(tmp_path) -> None:
     assert work.projections == 3 * 768 * 1600
     assert work.trained == 124_439_808 + work.projections
     assert [layer.teacher for layer in work.key_layers] == [16, 24, 32]
-    assert work.head_passes == 4  # the final state and three of FDD's
+    assert work.trajectory == (4, 6, 8)
+    assert work.head_passes == 6  # the final state, FDD's first layer, and two beside the ones before
     assert (work.sequence_length, work.batch_per_rank, work.element_bytes) == (256, 16, 2)
     assert work.teacher is not None and work.teacher.num_layers == 48
 

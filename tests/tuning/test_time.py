@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tuning_cases import small_machine, small_plan, small_work
 
+from mta_ds.tuning.shapes import Writing
 from mta_ds.tuning.time import LATENCY, model_flops, step_time
 
 LATENT = LATENCY["node"]
@@ -13,7 +16,7 @@ LATENT = LATENCY["node"]
 def test_products_by_hand() -> None:
     work, machine = small_work(), small_machine()
     student = 2 * 60 * 20 + 2 * 2 * 100 * 4 * 2  # two layers of 30 elements, 20 tokens; attention
-    assert model_flops(work.student, 2, 10) == student
+    assert sum(model_flops(work.student, 2, 10)) == student
     teacher = 2 * 800 * 20 + 2 * 2 * 100 * 8 * 4
     parts = step_time(work, small_plan(), machine).parts
     rate = 1000 * 0.5 * 20 / (20 + 256)
@@ -22,6 +25,35 @@ def test_products_by_hand() -> None:
     assert parts["teacher"] == pytest.approx(2 * teacher / rate)
     assert parts["LM heads and divergence"] == pytest.approx(2 * 20 * (6 * 40 + 2 * 200) / rate)
     assert parts["optimizer step"] == pytest.approx(30 * 66 / 300)
+
+
+def test_frozen_weights_have_no_gradient_to_compute() -> None:
+    whole, frozen = (
+        step_time(small_work(adapters=adapters), small_plan(), small_machine()).parts for adapters in (False, True)
+    )
+    rate = 1000 * 0.5 * 20 / (20 + 256)
+    assert whole["student"] - frozen["student"] == pytest.approx(2 * 2 * 60 * 20 / rate)
+    assert whole["LM heads and divergence"] - frozen["LM heads and divergence"] == pytest.approx(2 * 20 * 2 * 40 / rate)
+
+
+def test_fdd_takes_each_key_layer_beside_the_one_before() -> None:
+    one, three = (small_work(trajectory=layers).head_passes for layers in ((), (1, 2)))
+    assert (one, three) == (1, 4)
+
+
+def test_of_experts_those_count_that_a_token_is_sent_to() -> None:
+    sparse = dataclasses.replace(small_work().student, active=20)
+    parts = step_time(small_work(student=sparse), small_plan(), small_machine()).parts
+    assert parts["student"] < step_time(small_work(), small_plan(), small_machine()).parts["student"]
+
+
+def test_rollouts_read_all_weights_for_every_token() -> None:
+    machine = small_machine(bandwidth=1e3, half=1e12)
+    work = small_work(writing=Writing(3, 7))
+    # four sequences, three at once: two batches of seven tokens; keys and values of half the length on average
+    seconds = 2 * 7 * 2 * (100 + 16 * 3 * 5) / 1e3
+    assert step_time(work, small_plan(), machine).parts["rollouts"] == pytest.approx(seconds)
+    assert step_time(small_work(), small_plan(), machine).parts["rollouts"] == 0
 
 
 def test_links_by_hand() -> None:
