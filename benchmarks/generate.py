@@ -5,24 +5,43 @@
     python benchmarks/generate.py --demo-folder runs/demo_pair           # where the teacher is, or is unpacked to
 
 Two cases: one batch, where both do the same work; and a file of prompts in batches, which ours takes by length and a
-plain loop in the file's order. Both give the same tokens, checked here.
+plain loop in the file's order. In the first a third contestant has the model in ZeRO-3 partitions (of one rank), as a
+run has it at a rollout, and makes a whole copy for each call. All give the same tokens, checked here.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import torch
-from common import Row, bounded, machine_row, measure, options, pin_threads, report, time_ratio
+from common import (
+    M_MMAP_THRESHOLD,
+    Row,
+    bounded,
+    machine_row,
+    measure,
+    options,
+    pin_threads,
+    report,
+    reset_peak,
+    time_ratio,
+)
 from tokenizer import train_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mta_ds.data import DataConfig, Record, encode_prompt, read_records
 from mta_ds.demo import ASSETS, unpack_teacher
+from mta_ds.engine import distributed
 from mta_ds.evaluation import GenerationConfig, end_tokens, generate
-from mta_ds.models import load_pretrained, load_tokenizer
+from mta_ds.models import load_pretrained, load_tokenizer, teacher_config, whole_copy
 
 Work = Callable[[], list[list[int]]]
 
@@ -52,6 +71,44 @@ def plain(folder: Path, num_prompts: int, batch_size: int, new_tokens: int) -> W
 
     starts = range(0, len(prompts), batch_size)
     return lambda: [row for start in starts for row in batch(prompts[start : start + batch_size])]
+
+
+def partitioned(folder: Path, num_prompts: int, batch_size: int, new_tokens: int) -> Work:
+    """The project's generation out of ZeRO-3 partitions: each call gathers the model, writes, and gives it back."""
+    _, tokenizer, prompts = load(folder, num_prompts)
+    engine = zero3_engine(folder)
+    config = GenerationConfig(max_length=4096, max_new_tokens=new_tokens, batch_size=batch_size)
+
+    def work() -> list[list[int]]:
+        with whole_copy(engine.module) as copy:
+            return generate(copy, tokenizer, prompts, config)
+
+    return work
+
+
+def zero3_engine(folder: Path) -> Any:
+    """A frozen model in partitions, of which this process is the only rank."""
+    distributed.initialise()
+    config = teacher_config(None, "float32", 1)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or one rank would keep what is small
+    return deepspeed.initialize(model=load_pretrained(folder, "float32", config), config=config)[0]
+
+
+def memory_around_copy(folder: Path) -> tuple[int, int, int]:
+    """Memory that a process holds before a whole copy, with it, and after it."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    engine = zero3_engine(folder)
+    held = []
+    for _ in range(2):  # the first makes DeepSpeed's own buffers
+        gc.collect()
+        libc.malloc_trim(0)
+        before = reset_peak()
+        with whole_copy(engine.module):
+            held = [before, reset_peak()]
+    gc.collect()
+    libc.malloc_trim(0)
+    return held[0], held[1], reset_peak()
 
 
 def cut(row: list[int], ends: tuple[int, ...]) -> list[int]:
@@ -90,18 +147,25 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-def compare(name: str, folder: Path, shape: tuple[int, int, int], rounds: int, bound: float | None) -> list[Row]:
-    """Speed, memory and equality of both on ``shape`` = (prompts, batch size, new tokens)."""
-    found = measure({"plain": (plain, folder, *shape), "ours": (ours, folder, *shape)}, rounds)
-    theirs, mine = plain(folder, *shape)(), ours(folder, *shape)()
-    tokens = sum(map(len, mine))
-    equal = sum(a == b for a, b in zip(theirs, mine, strict=True)) / len(mine)
+def compare(
+    name: str,
+    folder: Path,
+    shape: tuple[int, int, int],
+    rounds: int,
+    bound: float | None,
+    contestants: dict[str, Callable[..., Work]],
+) -> list[Row]:
+    """Speed, memory and equality with transformers on ``shape`` = (prompts, batch size, new tokens)."""
+    everybody = {"transformers": plain} | contestants
+    found = measure({who: (make, folder, *shape) for who, make in everybody.items()}, rounds)
+    texts = {who: make(folder, *shape)() for who, make in everybody.items()}
+    tokens = sum(map(len, texts["transformers"]))
+    equal = sum(len(set(map(tuple, each))) == 1 for each in zip(*texts.values(), strict=True)) / shape[0]
+    ratios = {who: time_ratio(found["transformers"], found[who]) for who in contestants}
     return [
-        Row(f"{name}, transformers", tokens / found["plain"].median_seconds, "tokens/s"),
-        Row(f"{name}, ours", tokens / found["ours"].median_seconds, "tokens/s"),
-        bounded(f"{name}: ours / transformers, speed", time_ratio(found["plain"], found["ours"]), ">=", bound),
-        Row(f"{name}, transformers: extra memory", found["plain"].extra_bytes / 1e6, "MB"),
-        Row(f"{name}, ours: extra memory", found["ours"].extra_bytes / 1e6, "MB"),
+        *(Row(f"{name}, {who}", tokens / each.median_seconds, "tokens/s") for who, each in found.items()),
+        *(bounded(f"{name}: {who} / transformers, speed", ratio, ">=", bound) for who, ratio in ratios.items()),
+        *(Row(f"{name}, {who}: extra memory", each.extra_bytes / 1e6, "MB") for who, each in found.items()),
         bounded(f"{name}: responses with the same tokens", equal, ">=", 1.0, "of 1"),
     ]
 
@@ -124,8 +188,18 @@ def main() -> None:
             folder = (arguments.demo_folder or Path(temporary)).resolve() / "teacher"
             unpack_teacher(folder)
         one, several = (batch_size, batch_size, new_tokens), (4 * batch_size, batch_size, new_tokens)
-        rows += compare(f"one batch of {one[0]}", folder, one, arguments.repeats, 0.9)
-        rows += compare(f"{several[0]} prompts in batches of {batch_size}", folder, several, arguments.repeats, 0.9)
+        both = {"ours": ours, "ours out of ZeRO-3": partitioned}
+        rows += compare(f"one batch of {one[0]}", folder, one, arguments.repeats, 0.9, both)
+        batches = f"{several[0]} prompts in batches of {batch_size}"
+        rows += compare(batches, folder, several, arguments.repeats, 0.9, {"ours": ours})
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            before, beside, after = other.submit(memory_around_copy, folder).result()
+        rows += [
+            Row("memory held before a copy out of ZeRO-3", before / 1e6, "MB"),
+            Row("with the copy, more", (beside - before) / 1e6, "MB"),
+            Row("after it, more", (after - before) / 1e6, "MB"),
+        ]
+        distributed.shutdown()
     report("Generation, greedy", rows, arguments.json)
 
 
