@@ -95,6 +95,10 @@ class EpochPairs:
         if not missing:
             return True  # and no copy of the model is made
         logger.info("epoch %d: writing %s, %d of %d parts", epoch, half, len(missing), generation.num_shards)
+        if generation.num_shards < distributed.world_size():
+            logger.warning(
+                "generation.num_shards: %d ranks share so few parts; some only wait", distributed.world_size()
+            )
         with whole_copy(model) as whole:
             answer = partial(
                 answer_shard,
