@@ -62,7 +62,11 @@ def open_pool(parser: Parser, spec: str | None, workers: int | None, device: str
 
 
 class _Lazy:
-    """This process' own parser until there is more work than starting workers would take."""
+    """This process' own parser until there is more work than starting workers would take.
+
+    One worker alone would be no faster than this process, unless it has a GPU: that works on while this one reads
+    and writes.
+    """
 
     def __init__(self, parser: Parser, spec: str | None, num_workers: int, device: str) -> None:
         self._parser, self._spec, self._num_workers, self._device = parser, spec, num_workers, device
@@ -70,7 +74,7 @@ class _Lazy:
 
     def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
         units = iter(units)
-        if self._num_workers == 1:
+        if self._num_workers == 1 and self._device == "cpu":
             yield from map(self._parse, units)
             return
         if self._pool is None:
@@ -95,7 +99,7 @@ class ParserPool:
     """Worker processes behind a queue with back-pressure.
 
     ``submit`` gives a ticket at once, or waits while all workers have enough to do; ``result`` waits for that ticket's
-    rows. Tickets may be asked for in any order.
+    rows. Tickets may be asked for in any order, once each.
 
     Raises (all methods):
         UserError: a worker was killed, or could not load the parser.
@@ -105,8 +109,10 @@ class ParserPool:
         """``ahead``: units that a worker may have before ``submit`` waits."""
         context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
+        self._open: set[int] = set()  # tickets whose rows somebody will ask for
         self._results: dict[int, Parsed] = {}
         self._next = 0
+        self._most_waiting = 4 * ahead * num_workers
         atexit.register(self.close)  # or multiprocessing would wait for workers that its SIGTERM does not end
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
@@ -121,25 +127,38 @@ class ParserPool:
         while (worker := min(self._workers, key=lambda each: len(each.tickets))).is_full:
             self._receive()
         ticket, self._next = self._next, self._next + 1
+        self._open.add(ticket)
         worker.send(ticket, list(fields))
         return ticket
 
     def result(self, ticket: int) -> Parsed:
-        """The rows of a unit, once."""
+        """The rows of a unit, once.
+
+        Raises:
+            ValueError: there is no such ticket, or its rows were taken before.
+        """
+        if ticket not in self._open:
+            raise ValueError(f"ticket must be one whose rows are not taken yet: {ticket} is not")
         while ticket not in self._results:
             self._receive()
+        self._open.remove(ticket)
         return self._results.pop(ticket)
 
     def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
         """One result a unit, in their order."""
         tickets: deque[int] = deque()
-        for fields in units:
-            tickets.append(self.submit(fields))
-            # a slow unit at the front holds back its successors' rows, not without end
-            while tickets and (tickets[0] in self._results or len(tickets) > 4 * _AHEAD * len(self._workers)):
+        try:
+            for fields in units:
+                tickets.append(self.submit(fields))
+                # a slow unit at the front holds back its successors' rows, not without end
+                while tickets and (tickets[0] in self._results or len(tickets) > self._most_waiting):
+                    yield self.result(tickets.popleft())
+            while tickets:
                 yield self.result(tickets.popleft())
-        while tickets:
-            yield self.result(tickets.popleft())
+        finally:  # what nobody takes any more
+            for ticket in tickets:
+                self._open.discard(ticket)
+                self._results.pop(ticket, None)
 
     def close(self) -> None:
         """End all workers; what is not done is dropped."""
@@ -165,7 +184,8 @@ class ParserPool:
         for pipe in wait(list(by_pipe)):
             assert isinstance(pipe, Connection)
             ticket, parsed = by_pipe[pipe].receive()
-            self._results[ticket] = parsed
+            if ticket in self._open:
+                self._results[ticket] = parsed
 
 
 def _parse(fields: Sequence[Field], parser: Parser) -> Parsed:

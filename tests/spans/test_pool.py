@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mta_ds.errors import UserError
+from mta_ds.spans import pool as pool_module
 from mta_ds.spans import rows as rows_module
 from mta_ds.spans.merge import status
 from mta_ds.spans.parse import ParseConfig, merge_only, parse
@@ -61,6 +62,22 @@ def test_map_reads_only_a_few_units_ahead(pool: ParserPool) -> None:
     next(results)
     assert taken < 40
     assert sum(1 for _ in results) == 199
+
+
+def test_a_ticket_is_good_once(pool: ParserPool) -> None:
+    ticket = pool.submit(fields(1))
+    pool.result(ticket)
+    for wrong in (ticket, ticket + 1, -1):
+        with pytest.raises(ValueError, match=f"ticket must be one whose rows are not taken yet: {wrong} is not"):
+            pool.result(wrong)
+
+
+def test_results_that_nobody_takes_are_dropped(pool: ParserPool) -> None:
+    results = pool.map([field] for field in fields(20))
+    next(results)
+    results.close()
+    assert pool.result(pool.submit(fields(2))).table.num_rows == 2
+    assert not pool._results and not pool._open
 
 
 def test_a_killed_worker_is_one_clear_line() -> None:
@@ -143,6 +160,23 @@ def test_a_gpu_has_one_worker_and_a_cpu_one_a_core(monkeypatch: pytest.MonkeyPat
     for device, workers, expected in (("cpu", None, 3), ("cuda", None, 1), ("cuda", 2, 2)):
         with open_pool(load_parser("none"), "none", workers, device) as pool:
             assert pool._num_workers == expected
+
+
+def test_on_a_gpu_another_process_parses_what_is_not_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that this one reads and writes in the meantime."""
+    started = []
+
+    class Pool(ParserPool):
+        def __init__(self, spec: str | None, num_workers: int, device: str) -> None:
+            started.append((num_workers, device))
+            super().__init__(spec, num_workers, "cpu")
+
+    monkeypatch.setattr(pool_module, "ParserPool", Pool)
+    units = [[field] for field in fields(3)]
+    for number, workers in ((1, []), (3, [(1, "cuda")])):
+        with open_pool(load_parser("none"), "none", None, "cuda") as pool:
+            assert [parsed.table.num_rows for parsed in pool.map(iter(units[:number]))] == [1] * number
+        assert started == workers
 
 
 def test_status_and_merge(tmp_path: Path) -> None:
