@@ -32,8 +32,8 @@ BUCKETS = "reduce buckets"
 LIBRARIES = "libraries at work"
 SUB_GROUP = 1_000_000_000
 
-# On a CPU: what a run's libraries take at their first use, beyond their import (tokenizer, TensorBoard, oneDNN's
-# kernels, gloo's buffers, threads' stacks), measured on a pair of a few thousand elements.
+# On a CPU: what a run's libraries take at their first use, beyond their import: half of it before there is a model
+# (tokenizer, TensorBoard), the rest kernels, threads' stacks and pages of code. Read off one run (1 rank, ZeRO-2).
 _LIBRARY_BYTES = 115e6
 # On a CPU: parts that are whole blocks of a partition's or a bucket's size.
 _OWN_BLOCKS = {"student gradients", "fp32 gradients of the step", "logits chunk", BUCKETS}
