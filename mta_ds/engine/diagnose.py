@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,21 +48,21 @@ def watched(models: dict[str, nn.ModuleList]) -> Iterator[list[str]]:
     """Yield what layers' states, and gradients with respect to them, are not finite, in the order they are met."""
     seen: list[str] = []
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            state: Tensor = output[0] if isinstance(output, tuple) else output
-            note(state, f"the hidden state of {name}")
-            if state.requires_grad:
-                state.register_hook(lambda gradient: note(gradient, f"the gradient of the hidden state of {name}"))  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def note(values: Tensor, what: str) -> None:
+    def note(what: str, values: Tensor) -> None:
         if not bool(torch.isfinite(values).all()):
             seen.append(what)
 
+    def look(what: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            state: Any = output[0] if isinstance(output, tuple) else output
+            note(what, state)
+            if state.requires_grad:
+                state.register_hook(partial(note, f"the gradient of {what}"))
+
+        return hook
+
     hooks = [
-        layer.register_forward_hook(look(f"layer {number} of the {model}"))
+        layer.register_forward_hook(look(f"the hidden state of layer {number} of the {model}"))
         for model, layers in models.items()
         for number, layer in enumerate(layers, 1)
     ]
