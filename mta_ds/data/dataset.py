@@ -77,6 +77,11 @@ class EncodedDataset:
         """Tokens of each example, int32 [len]."""
         return np.concatenate([np.diff(batch["input_ids"][0]) for batch in self._batches])
 
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each example's prompt, 0 where it has none, int32 [len]."""
+        return np.concatenate([batch["prompt_length"] for batch in self._batches])
+
     def __len__(self) -> int:
         return int(self._first[-1])
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from mta_ds.data import EncodedDataset
@@ -175,9 +176,9 @@ def check_prompts(method: Method, train: EncodedDataset) -> None:
     """
     if method.rollouts is None:
         return
-    for example in (train[i] for i in range(len(train))):
-        if not example.prompt_length:
-            raise UserError(
-                f"record {example.record_id}: has no prompt, and the student is to answer it in rollouts; leave out "
-                "records of text alone, or choose a method without rollouts"
-            )
+    without = np.flatnonzero(train.prompt_lengths == 0)
+    if len(without):
+        raise UserError(
+            f"record {train[int(without[0])].record_id}: has no prompt, and the student is to answer it in rollouts; "
+            "leave out records of text alone, or choose a method without rollouts"
+        )

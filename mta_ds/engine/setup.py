@@ -21,7 +21,7 @@ from mta_ds.engine.distiller import Distiller
 from mta_ds.engine.environment import code_state
 from mta_ds.engine.health import StepGuard
 from mta_ds.engine.metrics import insist_on_wandb
-from mta_ds.engine.pair import Pair, prepare_pair
+from mta_ds.engine.pair import Pair, check_prompts, prepare_pair
 from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
 from mta_ds.errors import UsageError, UserError
@@ -91,6 +91,7 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
     train, validation = distributed.on_rank_zero_first(lambda: load_data(config, pair.tokenizer, pair.method.pairs))
     keys = {"training set": train.key, "validation set": validation.key if validation is not None else ""}
     distributed.insist_on_agreement(keys)
+    distributed.on_rank_zero_first(lambda: check_prompts(pair.method, train))
     loader = StepLoader(
         train,
         pad_id=pad_id(pair.tokenizer),

@@ -37,7 +37,8 @@ class DistiLLM2Config(Section):
     """Steps over which the mean gap between teacher and student is taken; then it is frozen."""
     regenerate: Literal["rejected", "both"] | None = None
     """Write responses to the prompts of ``data.train`` anew at the start of each epoch, as section ``generation`` says:
-    the student's alone, or the teacher's too (then the whole teacher stands on every rank for that time)."""
+    the student's alone, or the teacher's too. Whole copies stand on every rank one after the other meanwhile; one that
+    does not fit is refused."""
 
 
 class DistiLLM2(Method):

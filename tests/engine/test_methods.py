@@ -27,7 +27,7 @@ METHODS = {
     # the second epoch begins with the seventh step
     "distillm2-anew": {
         "loss": {"method": "distillm2", "regenerate": "both"},
-        "generation": {"max_length": 80, "max_prompt_length": 64, "max_new_tokens": 12},
+        "generation": {"max_length": 80, "max_prompt_length": 64, "max_new_tokens": 12, "num_shards": 2},
         "train__steps": 8,
     },
 }
