@@ -28,7 +28,7 @@ class Example:
     spans: dict[str, np.ndarray]
     """"word", "phrase": int32 [K, 2], half-open token ranges."""
     prompt_length: int
-    """Tokens before the first label."""
+    """Tokens that a rollout continues: up to the last response that begins within the length; 0 where there is none."""
     is_rejected: bool = False
     """The rejected half of a preference pair; the chosen one comes right before it."""
 

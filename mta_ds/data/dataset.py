@@ -26,7 +26,7 @@ from mta_ds.files import atomic_folder, sha256, write_atomic
 from mta_ds.spans.records import Record, Reject, local_files, read_records
 from mta_ds.spans.store import SpanStore
 
-_FORMAT = 5  # raise it when encoding changes: older caches are then passed over
+_FORMAT = 6  # raise it when encoding changes: older caches are then passed over
 _ROWS_PER_BATCH = 1024
 _LISTS = ("input_ids", "labels", *GRANULARITIES)
 _SCHEMA = pa.schema(

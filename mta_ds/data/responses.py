@@ -125,8 +125,8 @@ def _record(found: Record | Reject) -> Record:
 
 
 def _answer(record: Record) -> _Answer | None:
-    """What a record is asked and answers, in the words of its fields; None if it has no response."""
-    if not record.references:
+    """What a record is asked and answers, in the words of its fields; None if it has no response, or a blank one."""
+    if not record.references or not record.references[0].strip():
         return None
     fields = dict(record.fields)
     if record.format == "messages":

@@ -262,7 +262,10 @@ def _check_positions(folder: Path, config: GenerateConfig, trust_remote_code: bo
 def _identity(
     model_dir: Path | None, inputs: Sequence[str], config: GenerateConfig, data: DataConfig, dtype: str
 ) -> dict[str, Any]:
-    """All that decides what is written; a batch's size does not, so a task may go on with a smaller one."""
+    """All that decides what is written; a batch's size does not, so a task may go on with a smaller one.
+
+    (In bf16 its rounding reaches a draw here and there, which is then another sample of the same distribution.)
+    """
     elsewhere = {"inputs", "output", "model", "num_shards", "batch_size"}
     return {
         "format": _FORMAT,
