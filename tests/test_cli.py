@@ -53,6 +53,35 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("moment", ["importing", "encoding"])
+def test_a_stop_before_the_first_step(pair: Path, tmp_path: Path, moment: str) -> None:
+    """A signal while a training imports, and while it encodes its records."""
+    code = """
+import importlib.abc, os, signal, sys
+
+def stop():
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "mta_ds.engine.setup" and moment == "importing":
+            stop()
+
+moment = sys.argv.pop()
+sys.meta_path.insert(0, Finder())
+from mta_ds.cli import main
+if moment == "encoding":
+    from mta_ds.engine import setup
+    real = setup.load_data
+    setup.load_data = lambda *arguments: (stop(), real(*arguments))[1]
+main()
+"""
+    arguments = ["train", write_config(pair, tmp_path / "run"), moment]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 75 and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_check_prints_the_plan(mta_ds, pair: Path, tmp_path: Path) -> None:
     code, out, _ = mta_ds("check", write_config(pair, tmp_path / "run"), "--nproc", 2)
     assert code == 0

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +20,15 @@ from support import broken_teacher, run_command, write_config
 from torch import nn
 
 from mta_ds.config import load
+from mta_ds.data import build_dataset
 from mta_ds.engine import RunConfig, TrainConfig, distributed
+from mta_ds.engine.health import Heartbeat
 from mta_ds.engine.metrics import MetricsLog
 from mta_ds.engine.pair import student_folder
 from mta_ds.engine.setup import number_of_steps, switch_dropout_off
 from mta_ds.engine.stopping import Stopped, StopWatch
 from mta_ds.engine.train import is_due, schedule_factor
-from mta_ds.engine.validation import rank_batches
+from mta_ds.engine.validation import rank_batches, validate_run
 from mta_ds.launch.local import rank_environment
 from mta_ds.models import load_pretrained, load_tokenizer
 
@@ -77,6 +81,30 @@ def test_a_run_that_died_before_its_first_checkpoint_is_logged_anew(tmp_path: Pa
         log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_what_weights_and_biases_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    run = SimpleNamespace(log=lambda values, step: told.append((values, step)), finish=lambda: told.append("end"))
+    stub = SimpleNamespace(init=lambda **options: told.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for start in (0, 1):  # a resumed run of the folder is the same run there
+        log = MetricsLog(tmp_path, start, "mine")
+        log.write(start + 1, {"loss": 0.5, "bad": float("nan")}, {"seconds": 2.0})
+        log.close()
+    options = told[0]
+    assert isinstance(options, dict) and (options["project"], options["resume"]) == ("mine", "allow")
+    values = {"loss": 0.5, "perf/seconds": 2.0}
+    assert told == [options, (values, 1), "end", options, (values, 2), "end"]
+
+
+def test_weights_and_biases_itself_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = MetricsLog(tmp_path, 0, "mine")
+    log.write(1, {"loss": 0.5}, {"seconds": 2.0})
+    log.close()
+    assert list(tmp_path.rglob("*.wandb"))
 
 
 def test_dropout_goes_from_modules_and_attributes() -> None:
@@ -207,6 +235,40 @@ def test_validation_batches_count_every_record_once(num: int, world_size: int, s
     ]
     assert sorted(seen) == sorted(str(i) for i in range(num))
     assert all(torch.isfinite(b.valid.float()).all() for batches in per_rank for b in batches)
+
+
+def test_a_validation_that_is_stopped_leaves_nothing(pair: Path, tmp_path: Path) -> None:
+    config = load(write_config(pair, tmp_path, train__micro_batch_size=2), RunConfig)
+    tokenizer = load_tokenizer(pair / "student")
+    heldout = build_dataset(config.data.validation, config.data, tokenizer, None, tmp_path / "cache")
+    told: list[str] = []
+
+    class Engine:
+        def __call__(self, *_: object) -> dict[str, torch.Tensor]:
+            told.append("batch")
+            return {"cross_entropy": torch.tensor(2.0), "count": torch.tensor(1)}
+
+        def eval(self) -> None:
+            told.append("eval")
+
+        def train(self) -> None:
+            told.append("train")
+
+    method = SimpleNamespace(after_validation=lambda loss: told.append(f"loss {loss}"))
+    run: Any = SimpleNamespace(
+        validation=heldout,
+        config=config,
+        pair=SimpleNamespace(tokenizer=tokenizer),
+        engine=Engine(),
+        teacher=None,
+        method=method,
+    )
+    heartbeat = Heartbeat(tmp_path)
+    assert not validate_run(run, 7, None, heartbeat, lambda: told.count("batch") == 2)
+    assert told == ["eval", "batch", "batch", "train"]
+    assert json.loads((tmp_path / "heartbeat" / "rank-00000.json").read_text())["phase"] == "validate"
+    assert validate_run(run, 7, None, heartbeat, lambda: False)
+    assert told[4:] == ["eval", "batch", "batch", "batch", "train", "loss 2.0"]
 
 
 def test_student_from_a_config_or_from_the_teachers_layers(pair: Path, tmp_path: Path) -> None:
