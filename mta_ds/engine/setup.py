@@ -208,6 +208,7 @@ def make_student_engine(config: RunConfig, pair: Pair) -> Any:
         inject_adapters(model, config.student.lora, train.seed, base)
     if config.student.mlp_chunk is not None:
         chunk_mlps(model, config.student.mlp_chunk)
+    model.train()  # it comes in evaluation mode, in which no layer is recomputed and nothing is dropped
     if not train.dropout:
         switch_dropout_off(model)
     if train.gradient_checkpointing:
