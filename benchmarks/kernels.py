@@ -22,10 +22,10 @@ from common import Row, report
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mta_ds.ops.kernels import divergence, dsa, hid, span_pool, token_weights, trajectory
+from mta_ds.ops.kernels import divergence, dsa, hid, segments, span_pool, token_weights, trajectory
 from mta_ds.ops.kernels.launch import Specialisation
 
-MODULES = (token_weights, span_pool, dsa, hid, divergence, trajectory)
+MODULES = (token_weights, segments, span_pool, dsa, hid, divergence, trajectory)
 WIDTHS = (768, 1600, 2048, 4096, 8192)
 WARP = 32
 

@@ -92,7 +92,7 @@ def make_step(config_path: Path, clock: Clock | None = None) -> Work:
     run = prepare(load(config_path, RunConfig))
     if clock is not None:
         attach_clock(clock, run)
-    coming = enumerate(steps(run, 0), 1)
+    coming = enumerate(steps(run, 0, lambda: True), 1)
 
     def work() -> None:
         step, (source, batches) = next(coming)

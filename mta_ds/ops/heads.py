@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mta_ds.ops.arguments import check_teacher, check_together
-from mta_ds.ops.products import product
+from mta_ds.ops.products import add_product, product
 
 # Large enough that the products run at full speed and the head's gradient is not read and written too often, small
 # beside the logits of a batch.
@@ -83,10 +83,8 @@ def write_hidden_gradient(out: Tensor, grad_logits: Tensor, head: Tensor) -> Non
 
 def add_head_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
     """total += grad_logitsᵀ · hidden, summed in ``total``'s dtype; no second matrix of the head's size exists."""
-    if _has_mixed_products(hidden):
-        torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(grad_logits.T, hidden.to(total.dtype))
+    # a CPU would round a product of bf16 on its way into the sum
+    add_product(total, grad_logits.T, hidden if hidden.is_cuda else hidden.to(total.dtype))
 
 
 def _has_mixed_products(like: Tensor) -> bool:

@@ -271,7 +271,7 @@ def _chunk(
     if dtype is not None:
         gradient = student if student.dtype == dtype else torch.empty_like(student, dtype=dtype)
     rows = divergence_rows
-    if backend_of(student) == "triton" and student.dtype == torch.float32:  # the kernel's sums are fp32
+    if backend_of(student) == "triton":
         from mta_ds.ops.kernels import divergence as kernels
 
         rows = kernels.divergence_rows

@@ -173,7 +173,7 @@ def _chunk(
     """
     gradient = student if student.dtype == dtype else torch.empty_like(student, dtype=dtype)
     rows = trajectory_rows
-    if backend_of(student) == "triton" and student.dtype == torch.float32:  # the kernel's sums are fp32
+    if backend_of(student) == "triton":
         from mta_ds.ops.kernels import trajectory as kernels
 
         rows = kernels.trajectory_rows
