@@ -4,8 +4,9 @@
     python benchmarks/parse.py --cases bundled --json rows.json
 
 Documents are about four sentences of the demo's records. benepar's pipeline parses one document at a time on all
-threads; ours are worker processes with a core each, as ``mta-ds parse`` starts them, without their start. The bare
-encoder runs over the same sub-words in the same batches on one core, and is compared with one of our workers.
+threads, from texts to its own objects; ours is the whole stage, from a file of records to a merged store on disk, with
+a worker process a core. Neither has the start of processes and the loading of models in it. The bare encoder runs over
+the same sub-words in the same batches on one core, and is compared with what one of our workers does.
 The MiniLM-size model has random weights: its trees mean nothing, and both sides must agree on them all the same.
 """
 
@@ -18,19 +19,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pyarrow.parquet as pq
 import torch
 from benepar.nkutil import HParams
 from common import Row, bounded, has_fast_bfloat16, machine_row, options, pin_threads, report
 
-from mta_ds.spans.benepar_model import _lent_tokenizer_method, build_chart_parser, load_model
-from mta_ds.spans.parser import BF16, BUNDLED, BeneparParser, Sentence
+from mta_ds.spans import parse as stage
+from mta_ds.spans.benepar_model import build_chart_parser, lent_tokenizer_method, load_model
+from mta_ds.spans.parser import BF16, BUNDLED, BeneparParser, Sentence, load_parser
 from mta_ds.spans.pool import ParserPool
-from mta_ds.spans.rows import Field, Parsed, batches, parse_fields
+from mta_ds.spans.rows import Field, batches, parse_fields
 from mta_ds.spans.segment import segment
 
 DEMO = BUNDLED.parent / "demo"
@@ -62,15 +66,10 @@ def minilm_size(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     parser = build_chart_parser(
-        {**config["benepar"], "hparams": _hparams(config), "pretrained_model_path": str(folder)}
+        {**config["benepar"], "hparams": HParams(**config["benepar"]["hparams"]), "pretrained_model_path": str(folder)}
     )
     torch.save(parser.state_dict(), folder / "benepar_model.bin")
     return folder
-
-
-def _hparams(config: dict[str, Any]) -> Any:
-
-    return HParams(**config["benepar"]["hparams"])
 
 
 def benepar_pipeline(model: Path) -> Callable[[list[str]], list[Any]]:
@@ -80,7 +79,7 @@ def benepar_pipeline(model: Path) -> Callable[[list[str]], list[Any]]:
 
     nlp = spacy.blank("en")
     nlp.add_pipe("sentencizer")
-    with _lent_tokenizer_method():
+    with lent_tokenizer_method():
         component = BeneparComponent(str(model))
     return lambda texts: [component(doc) for doc in nlp.pipe(texts)]
 
@@ -91,7 +90,7 @@ def bare_encoder(parser: BeneparParser, texts: list[str]) -> Callable[[], None]:
     for unit in batches(to_fields(texts)):
         sentences = list(dict.fromkeys(part.sentence for field in unit for part in segment(field.text)))
         inputs += _encoder_inputs(parser, sentences)
-    encoder = parser._model.pretrained_model
+    encoder = parser.model.pretrained_model
 
     @torch.inference_mode()
     def run() -> None:
@@ -102,10 +101,10 @@ def bare_encoder(parser: BeneparParser, texts: list[str]) -> Callable[[], None]:
 
 
 def _encoder_inputs(parser: BeneparParser, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    encoded = parser._encoder.encode([(sentence.words, sentence.space_after) for sentence in sentences])
+    encoded = parser.encoder.encode([(sentence.words, sentence.space_after) for sentence in sentences])
     found = []
     for numbers in parser.batches(encoded):
-        batch = parser._encoder.collate([encoded[number] for number in numbers])
+        batch = parser.encoder.collate([encoded[number] for number in numbers])
         found.append({name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch})
     return found
 
@@ -115,9 +114,30 @@ def to_fields(texts: list[str]) -> list[Field]:
     return [Field(str(i), "text", text) for i, text in enumerate(texts)]
 
 
-def constituents(parsed: list[Parsed]) -> list[set[tuple[int, int, str]]]:
+class Stage:
+    """``mta-ds parse`` over one file, with a parser and workers that are there already."""
+
+    def __init__(self, spec: str, pool: ParserPool, texts: list[str], folder: Path) -> None:
+        self._spec, self._pool, self._parser = spec, pool, load_parser(spec)
+        self._folder, self._numbers = folder, count()
+        self._source = folder / "records.jsonl"
+        rows = (json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+        self._source.write_text("".join(rows), encoding="utf-8")
+
+    def __call__(self) -> Path:
+        """Parse into a new store, and merge it; its folder."""
+        output = self._folder / str(next(self._numbers))
+        with (
+            patch.object(stage, "open_pool", lambda *_: nullcontext(self._pool)),
+            patch.object(stage, "load_parser", lambda *_: self._parser),
+        ):
+            stage.parse(stage.ParseConfig(inputs=(str(self._source),), output=output, parser=self._spec))
+        return output
+
+
+def constituents(store: Path) -> list[set[tuple[int, int, str]]]:
     """(start word, end word, label) of each document's."""
-    rows = [row for part in parsed for row in part.table["constituents"].to_pylist()]
+    rows = pq.read_table(store / "part-00000-of-00001.parquet")["constituents"].to_pylist()
     return [{(c["start_word"], c["end_word"], c["label"]) for c in row} for row in rows]
 
 
@@ -135,17 +155,19 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def case(name: str, model: Path, texts: list[str], threads: int, repeats: int) -> list[Row]:
-    """One model: rounds of benepar, our workers, one worker and the bare encoder, in turns."""
+    """One model: rounds of benepar, our stage, one worker's part of it and the bare encoder, in turns."""
     fields, results = to_fields(texts), dict[str, Any]()
     theirs, parser = benepar_pipeline(model), BeneparParser(load_model(model))
     encoder = bare_encoder(parser, texts)
     with ExitStack() as stack:
-        pools = {"fp32": stack.enter_context(ParserPool(str(model), threads))}
-        if has_fast_bfloat16():
-            pools["bf16"] = stack.enter_context(ParserPool(f"{BF16}{model}", threads))
+        stages = {}
+        for dtype, spec in {"fp32": str(model), **({"bf16": f"{BF16}{model}"} if has_fast_bfloat16() else {})}.items():
+            pool = stack.enter_context(ParserPool(spec, threads))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stages[dtype] = Stage(spec, pool, texts, folder)
         work: dict[str, tuple[int, Callable[[], object]]] = {
             "benepar": (threads, lambda: theirs(texts)),
-            **{dtype: (1, partial(_parse_all, pool, fields)) for dtype, pool in pools.items()},
+            **{dtype: (1, whole) for dtype, whole in stages.items()},
             "one": (1, lambda: [parse_fields(unit, parser) for unit in batches(fields)]),
             "encoder": (1, encoder),
         }
@@ -155,11 +177,8 @@ def case(name: str, model: Path, texts: list[str], threads: int, repeats: int) -
                 torch.set_num_threads(num_threads)
                 taken = seconds(lambda key=key, run=run: results.update({key: run()}))
                 times[key] += [taken] if measured else []
+        results.update({dtype: constituents(results[dtype]) for dtype in stages})
     return case_rows(name, times, results, sum(len(segment(text)) for text in texts), threads)
-
-
-def _parse_all(pool: ParserPool, fields: list[Field]) -> list[Parsed]:
-    return list(pool.map(batches(fields)))
 
 
 def case_rows(
@@ -173,19 +192,19 @@ def case_rows(
     def rate(key: str, who: str) -> Row:
         return Row(f"{name}: {who}", num_sentences / statistics.median(times[key]), "sentences/s")
 
-    ours = constituents(results["fp32"])
+    ours = results["fp32"]
     differ = sum(a != benepars_constituents(doc) for a, doc in zip(ours, results["benepar"], strict=True))
     rows = [
         rate("benepar", f"benepar's spaCy pipeline, {threads} threads"),
-        rate("fp32", f"ours, {threads} workers, fp32"),
-        Row(f"{name}: ours / benepar's pipeline, fp32", ratio("benepar", "fp32"), "×"),
+        rate("fp32", f"mta-ds parse, {threads} workers, fp32"),
+        Row(f"{name}: mta-ds parse / benepar's pipeline, fp32", ratio("benepar", "fp32"), "×"),
         bounded(f"{name}: documents whose trees differ from benepar's, of {len(ours)}", differ, "<=", 1, ""),
     ]
     if "bf16" in times:
-        changed = sum(a != b for a, b in zip(ours, constituents(results["bf16"]), strict=True))
+        changed = sum(a != b for a, b in zip(ours, results["bf16"], strict=True))
         rows += [
-            rate("bf16", f"ours, {threads} workers, bf16"),
-            bounded(f"{name}: ours / benepar's pipeline, bf16", ratio("benepar", "bf16"), ">=", AT_LEAST[name]),
+            rate("bf16", f"mta-ds parse, {threads} workers, bf16"),
+            bounded(f"{name}: mta-ds parse / benepar's pipeline, bf16", ratio("benepar", "bf16"), ">=", AT_LEAST[name]),
             Row(f"{name}: documents whose trees change in bf16, of {len(ours)}", float(changed)),
         ]
     above = ABOVE_ENCODER if name == "minilm" else None

@@ -1,13 +1,14 @@
 """The span store at scale: random lookups, and the parse stage's peak memory over a corpus ten times as large.
 
-    python benchmarks/store.py                          # some three minutes on two cores
+    python benchmarks/store.py                          # some five minutes on two cores
     python benchmarks/store.py --small --json rows.json # a smoke run, whose figures mean nothing
 
 Lookups are of (record id, field) in random order, as a shuffled loader makes them, in one process of one thread, with
 the text, whose hash is compared; their time is the processor's, page faults with it. The store's rows are the demo's,
-parsed by the bundled parser, over and over under other ids. Peak memory is that of a process that parses, without
-mapped files; records of both corpora are made of the demo's sentences and some words that are like no other, so that
-nothing that is remembered by word stays small for lack of words.
+parsed by the bundled parser, over and over under other ids. Peak memory is that of a process that parses by itself, and
+of one with two workers, all three together, without mapped files; records of both corpora are made of the demo's
+sentences and some words that are like no other, so that nothing that is remembered by word stays small for lack of
+words.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from itertools import cycle, islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +34,7 @@ from parse import documents, to_fields
 from mta_ds.files import sha256
 from mta_ds.spans.parse import ParseConfig, parse
 from mta_ds.spans.parser import load_parser
+from mta_ds.spans.pool import ParserPool
 from mta_ds.spans.rows import parse_fields
 from mta_ds.spans.segment import SEGMENTATION
 from mta_ds.spans.store import SCHEMA, SCHEMA_VERSION, Counts, Manifest, ParserInfo, Part, SpanStore, part_name
@@ -50,10 +53,11 @@ class Sizes:
     documents: int
     few_words: int  # records of the smaller corpus that gets words alone
     few_trees: int  # ... and of the one that gets trees
+    workers: tuple[int, ...]
 
 
-FULL = Sizes(rows=200_000, lookups=1_000_000, documents=200, few_words=3_000, few_trees=600)
-SMALL = Sizes(rows=500, lookups=2_000, documents=20, few_words=50, few_trees=20)
+FULL = Sizes(rows=200_000, lookups=1_000_000, documents=200, few_words=3_000, few_trees=600, workers=(1, 2))
+SMALL = Sizes(rows=500, lookups=2_000, documents=20, few_words=50, few_trees=20, workers=(1,))
 
 
 def write_store(folder: Path, texts: list[str], num_rows: int) -> None:
@@ -122,17 +126,26 @@ def write_corpus(path: Path, texts: list[str], num_records: int) -> None:
             file.write(json.dumps({"id": str(i), "text": own + text}) + "\n")
 
 
-def _answer_peak(source: Path, output: Path, parser: str | None, pipe: object) -> None:
+def _answer_peak(source: Path, output: Path, parser: str | None, workers: int, pipe: object) -> None:
     torch.set_num_threads(1)
-    parse(ParseConfig(inputs=(str(source),), output=output, parser=parser, workers=1))
-    pipe.send(anonymous_peak_bytes(os.getpid()))  # type: ignore[attr-defined]
+    peaks: dict[int, int] = {}
+    close = ParserPool.close
+
+    def measured_close(pool: ParserPool) -> None:
+        peaks.update({child.pid or 0: anonymous_peak_bytes(child.pid or 0) for child in active_children()})
+        close(pool)
+
+    with patch.object(ParserPool, "close", measured_close):
+        parse(ParseConfig(inputs=(str(source),), output=output, parser=parser, workers=workers))
+    peaks[os.getpid()] = anonymous_peak_bytes(os.getpid())
+    pipe.send(sum(peaks.values()))  # type: ignore[attr-defined]
 
 
-def peak_bytes(source: Path, output: Path, parser: str | None) -> int:
-    """Peak memory of a process of its own that parses ``source``."""
+def peak_bytes(source: Path, output: Path, parser: str | None, workers: int) -> int:
+    """Peak memory of a process of its own that parses ``source``, and of its workers if there are several."""
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer_peak, args=(source, output, parser, theirs))
+    process = context.Process(target=_answer_peak, args=(source, output, parser, workers, theirs))
     process.start()
     theirs.close()
     peak = int(ours.recv())
@@ -140,14 +153,16 @@ def peak_bytes(source: Path, output: Path, parser: str | None) -> int:
     return peak
 
 
-def memory_rows(folder: Path, texts: list[str], name: str, parser: str | None, num_records: int) -> list[Row]:
+def memory_rows(
+    folder: Path, texts: list[str], name: str, parser: str | None, num_records: int, workers: int
+) -> list[Row]:
     """Peaks over a corpus and over one that is ten times as large."""
     peaks = []
     for number in (num_records, 10 * num_records):
         source = folder / f"{name}-{number}.jsonl"
         write_corpus(source, texts, number)
-        peaks.append(peak_bytes(source, folder / f"{name}-{number}", parser))
-    what = f"peak memory, {name}"
+        peaks.append(peak_bytes(source, folder / f"{name}-{workers}-{number}", parser, workers))
+    what = f"peak memory, {name}, " + ("one process" if workers == 1 else f"{workers} workers")
     return [
         Row(f"{what}, {num_records} records", peaks[0] / 1e6, "MB"),
         bounded(f"{what}, {10 * num_records} records / {num_records}", peaks[1] / peaks[0], "<=", GROWTH),
@@ -165,8 +180,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows += lookup_rows(folder / "lookups", texts, sizes)
-        rows += memory_rows(folder, texts, "words alone", "none", sizes.few_words)
-        rows += memory_rows(folder, texts, "bundled parser", None, sizes.few_trees)
+        for workers in sizes.workers:
+            rows += memory_rows(folder, texts, "words alone", "none", sizes.few_words, workers)
+            rows += memory_rows(folder, texts, "bundled parser", None, sizes.few_trees, workers)
     report("Span store", rows, chosen.json)
 
 
