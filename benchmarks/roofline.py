@@ -83,7 +83,7 @@ def structural_costs(pair: Pair) -> Iterator[Cost]:
     scores = 2 * 2 * NUM_SEQUENCES * LENGTH**2 * both
     yield Cost("token_weights", KEY_LAYERS * scores, 0, KEY_LAYERS * 3 * NUM_TOKENS * both * BF16)
     num_spans = [SPANS["word"]] + [SPANS["phrase"]] * (KEY_LAYERS - 1)
-    # both sides read their tokens and write fp32 spans; backward reads the student's and writes its tokens
+    # both sides read their tokens and write fp32 spans; backward reads the student's and writes its covered tokens
     pooled = sum(NUM_SEQUENCES * k * (both + pair.student_width) * FP32 for k in num_spans)
     states = KEY_LAYERS * NUM_TOKENS * (both + pair.student_width) * BF16
     yield Cost("span_pool", 0, 2 * KEY_LAYERS * NUM_TOKENS * (both + pair.student_width), states + pooled)

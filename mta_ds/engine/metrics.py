@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import resource
 import socket
 import time
 from collections.abc import Mapping
@@ -131,7 +130,10 @@ def peak_memory_bytes() -> int:
     """Peak memory of this rank: allocated on its GPU, or resident in the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not getrusage: a process starts with the peak of the one that started it
+    with open("/proc/self/status", encoding="ascii") as status:
+        (kilobytes,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024
 
 
 def size_until(path: Path, last_step: float) -> int:

@@ -201,7 +201,7 @@ def _key_layers(work: Workload, plan: Plan) -> Parts:
     tapped = {layer.student for layer in work.key_layers} | set(work.trajectory)
     parts: Parts = {
         "key layers' states": b * tokens * width * len(tapped),
-        "key layers' stored gradients": b * (tokens * width * (layers + spans) + work.projections),
+        "key layers' stored gradients": b * tokens * width * (layers + spans) + 4 * work.projections,
         "final states": b * tokens * work.student.final_width,
     }
     if compared:  # in fp32, of each layer and of the one before it
