@@ -48,7 +48,7 @@ def test_stage_2_by_hand() -> None:
     assert teacher["teacher gathered parameters"] == 2 * (200 + 3)
     assert teacher["teacher layer at work"] == 20 * 60
     assert teacher["key layers' states"] == 2 * 20 * 4
-    assert teacher["key layers' stored gradients"] == pytest.approx(2 * (20 * 4 * (1 + 195 / 256) + 32))
+    assert teacher["key layers' stored gradients"] == pytest.approx(2 * 20 * 4 * (1 + 195 / 256) + 4 * 32)
     assert teacher["projected tokens"] == 20 * 8 * (4 + 4 + 2) + 4 * 8 * 4
     heads = needed.phases["heads"]
     assert heads["logits chunk"] == 20 * 10 * (4 + 4 + 2)  # all 20 tokens at once
