@@ -101,7 +101,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     """A hidden name beside ``path`` that is this process' alone; what dead processes of its kind left goes first."""
-    owner = _process_space()
+    owner = process_space()
     prefix = f".{path.name}.{owner or socket.gethostname()}-"
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*") if owner else ():
         pid = leftover.name.removeprefix(prefix).partition(".")[0]
@@ -113,7 +113,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{prefix}{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _process_space() -> str | None:
+def process_space() -> str | None:
     """Names those processes whose numbers this one can look up: containers of one host, and hosts of one name, count
     theirs apart. None where the system does not say.
     """

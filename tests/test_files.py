@@ -99,7 +99,7 @@ with scratch_folder(Path({str(tmp_path / "merge")!r})):
 
 def test_what_a_writer_in_another_container_has_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its number means another process there, or none here."""
-    monkeypatch.setattr(files, "_process_space", lambda: "here-1")
+    monkeypatch.setattr(files, "process_space", lambda: "here-1")
     monkeypatch.setattr(files, "process_start", lambda pid: None)
     for space in ("here-2", "there-1", "here-1"):
         (tmp_path / f".file.{space}-77.ab.tmp").write_text("half")

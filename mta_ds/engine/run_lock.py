@@ -26,7 +26,7 @@ from pathlib import Path
 
 from mta_ds.engine import distributed
 from mta_ds.errors import UserError
-from mta_ds.files import process_start, write_atomic
+from mta_ds.files import process_space, process_start, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def owner_of_this_process(environment: Mapping[str, str]) -> Owner:
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": process_space() or uuid.uuid4().hex,  # else nobody's number means anything here
         "pid": os.getpid(),
         "start": process_start(os.getpid()) or "",
         "job": environment.get("SLURM_JOB_ID", ""),
@@ -177,9 +177,3 @@ class RunLock:
             f"{self._path.parent}: another run writes here (process {owner.get('pid')} on {owner.get('host')}{job}); "
             "stop that first, or choose another run_dir"
         )
-
-
-def _machine() -> str:
-    """A name for where a process' number means that process: host, its start, and the container."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
