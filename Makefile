@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/c
 # OpenMP threads that spin while they wait slow everything else on a small machine several times
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
-# Processes of the test suite; much of it is the start of ranks, which leaves a core idle
-WORKERS ?= 2
+# Processes of the test suite: one more than cores, since much of it waits for ranks and jobs to start
+WORKERS ?= 3
 
 .PHONY: demo test lint types unit clean
 demo: $(VENV)/.demo

@@ -62,7 +62,10 @@ OPT = {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_d
 SHAPES = {
     "gpt2": (GPT2 | {"n_layer": 48, "n_embd": 24}, GPT2 | {"n_layer": 12}),
     "qwen1.5": (QWEN | {"hidden_size": 24}, QWEN),
-    "opt": (OPT | {"num_hidden_layers": 32, "hidden_size": 24}, OPT | {"num_hidden_layers": 24}),
+    "opt": (
+        OPT | {"num_hidden_layers": 32, "hidden_size": 24, "word_embed_proj_dim": 24},
+        OPT | {"num_hidden_layers": 24},
+    ),
     "8b": (LLAMA | {"model_type": "llama", "num_hidden_layers": 32}, LLAMA | {"num_hidden_layers": 16}),
     "70b": (LLAMA | {"model_type": "llama", "num_hidden_layers": 80}, LLAMA | {"num_hidden_layers": 32}),
 }
