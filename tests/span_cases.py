@@ -1,4 +1,4 @@
-"""Readers and writers of span stores in processes of their own, and a parser that is made in no time.
+"""Records and span stores, their readers and writers in processes of their own, and a parser that is made in no time.
 
 They are forked from a server that has imported everything and holds nothing. A fork of the process of the tests costs
 as much memory as that has gathered by then, and it has threads.
@@ -6,6 +6,7 @@ as much memory as that has gathered by then, and it has threads.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mta_ds.spans import parse as module
 from mta_ds.spans import rows as rows_module
@@ -98,3 +102,24 @@ def _run_until_rename(config: ParseConfig, number: int, before: bool) -> None:
     os.replace = replace
     parse(config.model_copy(update={"workers": 1}))
     os._exit(0)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> str:
+    """A JSONL file of rows, of which a string goes as it is."""
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def make_records(n: int) -> list[dict[str, Any]]:
+    return [{"id": f"r{i}", "instruction": f"Say {i}. Go, or stay!", "output": "A big cat. " * i} for i in range(n)]
+
+
+def rows_of(store: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """By record and field."""
+    table = pa.concat_tables(pq.read_table(part) for part in sorted(store.glob("*.parquet")))
+    return {(row["record_id"], row["field"]): row for row in table.to_pylist()}
+
+
+def parts_of(store: Path) -> dict[str, bytes]:
+    """What the store's files hold."""
+    return {p.name: p.read_bytes() for p in store.iterdir() if p.is_file() and not p.name.startswith(".")}
