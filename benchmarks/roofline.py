@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from common import Row, bounded, report
+
+from mta_ds.ops.heads import chunk_shape
 
 NUM_SEQUENCES, LENGTH = 8, 2048
 NUM_TOKENS = NUM_SEQUENCES * LENGTH
@@ -106,7 +109,10 @@ def divergence_cost(pair: Pair) -> Cost:
     backward = 4 * NUM_TOKENS * pair.vocabulary * pair.student_width
     # both logits written and read twice, the gradient written and read twice
     logits = NUM_TOKENS * pair.vocabulary * (2 * 3 * FP32 + 3 * BF16)
-    heads = pair.vocabulary * (pair.teacher_width + 3 * pair.student_width) * BF16
+    # with each chunk of tokens the teacher's head is read once, the student's twice, and its gradient added to in fp32
+    chunks = -(-NUM_TOKENS // chunk_shape(pair.vocabulary, torch.bfloat16, is_cuda=True)[0])
+    each = (pair.teacher_width + 2 * pair.student_width) * BF16 + 2 * pair.student_width * FP32
+    heads = chunks * pair.vocabulary * each
     return Cost("linear_divergence", forward + backward, 0, logits + heads)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mta_ds.losses.divergences import DivergenceConfig, describe, make_divergence
-from mta_ds.losses.method import BaseLoss, KeyLayerOptions, Method, MicroStep, Teacher
+from mta_ds.losses.method import BaseLoss, KeyLayerOptions, Method, MethodConfig, MicroStep, Setting, Teacher
 from mta_ds.ops import (
     Divergence,
     HeadGradient,
@@ -27,7 +27,7 @@ from mta_ds.ops import (
 )
 
 
-class FDDConfig(DivergenceConfig, KeyLayerOptions):
+class FDDConfig(MethodConfig, DivergenceConfig, KeyLayerOptions):
     """FDD beside a divergence at the final layer; its key layers are MTA's unless it names its own."""
 
     method: Literal["fdd"]
@@ -44,6 +44,11 @@ class FDDConfig(DivergenceConfig, KeyLayerOptions):
     def names_layers(self) -> bool:
         """Whether FDD has key layers of its own."""
         return any(getattr(self, name) is not None for name in KeyLayerOptions.model_fields)
+
+    def make(self, setting: Setting) -> Method:
+        temperature = self.temperature if self.temperature is not None else (2.0 if setting.beside_mta else 5.0)
+        divergence = make_divergence(self, setting.vocab_size)
+        return FDD(self, divergence, setting.key_layers, temperature, setting.top_layers)
 
 
 class FDD(Method):
@@ -140,15 +145,3 @@ class TrajectoryLoss(BaseLoss):
         counts, layers = self.micro.counts, len(self.method.key_layers)
         each = self.method.config.weight * counts.scale / max(1, counts.valid_tokens)
         return each / layers, each * self.method.config.derivative_weight / max(1, layers - 1)
-
-
-def make_fdd(
-    config: FDDConfig,
-    vocab_size: int | None,
-    key_layers: Mapping[int, int],
-    top_layers: tuple[int, int],
-    beside_mta: bool,
-) -> FDD:
-    """The method of a :class:`FDDConfig`."""
-    temperature = config.temperature if config.temperature is not None else (2.0 if beside_mta else 5.0)
-    return FDD(config, make_divergence(config, vocab_size), key_layers, temperature, top_layers)

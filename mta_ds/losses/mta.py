@@ -104,10 +104,7 @@ def hid_scale(config: MTAConfig, counts: GlobalCounts, granularity: str) -> floa
 
 
 def count_sequences(spans: Mapping[str, Spans]) -> GlobalCounts:
-    """The counts of one batch that is a whole optimizer step, as on one process without accumulation.
-
-    Spans on a GPU are waited for; keep them on the CPU, or give :class:`MTALoss` counts from the data.
-    """
+    """The counts of one batch that is a whole optimizer step, as on one process without accumulation."""
     per_sequence = {name: _num_spans(each) for name, each in spans.items()}
     comparable = {name: int((num >= 2).sum()) for name, num in per_sequence.items()}
     return GlobalCounts(
@@ -177,10 +174,10 @@ class MTALoss(nn.Module):
             raise ValueError(f"spans: want those of {', '.join(sorted(missing))} too")
         if (self.config.teacher_weights == "entropy") != (teacher_weights is not None):
             raise ValueError("teacher_weights: want entropy_weights(...) with 'teacher_weights: entropy', else none")
-        counts = counts or count_sequences({name: spans[name] for name in self.granularities})
         layouts = {
             name: SpanLayout(cu_seqlens, spans[name].ranges, spans[name].cu_spans) for name in set(self.granularities)
         }
+        counts = counts or count_sequences({name: spans[name] for name in self.granularities})
         by_dsa, by_hid = layer_weights(self.config, len(self.projections))
         parts: list[Tensor] = []
         values: dict[str, Tensor] = {}

@@ -124,7 +124,7 @@ def divergence_rows(
         gradient: of the weighted loss to the student's logits, in any dtype; may be ``student`` itself.
         alphas: [m], α of each row, in the logits' dtype; None: the divergence's own.
     """
-    for part in _blocks(student):
+    for part in row_parts(student, len(student)):
         _block(
             log_softmax_(student[part]),
             None if teacher is None else log_softmax_(teacher[part]),
@@ -139,14 +139,14 @@ def divergence_rows(
 
 def entropy_rows(logits: Tensor, entropy: Tensor) -> None:
     """Fill ``entropy`` [m] from fp32 or fp64 logits [m, V], which are overwritten."""
-    for part in _blocks(logits):
+    for part in row_parts(logits, len(logits)):
         _entropy(log_softmax_(logits[part]), entropy[part])
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """A few rows of [m, V] at a time."""
-    block_bytes = _GPU_BLOCK_BYTES if logits.is_cuda else _BLOCK_BYTES
-    return row_blocks(len(logits), block_bytes // (logits.shape[1] * logits.element_size()))
+def row_parts(logits: Tensor, num_rows: int, layers: int = 1) -> Iterator[slice]:
+    """``num_rows`` rows of [m, V] a few at a time, where each goes with rows of ``layers`` key layers."""
+    block_bytes = (_GPU_BLOCK_BYTES if logits.is_cuda else _BLOCK_BYTES) // layers
+    return row_blocks(num_rows, block_bytes // (logits.shape[1] * logits.element_size()))
 
 
 def _entropy(log_p: Tensor, out: Tensor) -> None:

@@ -16,6 +16,7 @@ from mta_ds.ops.arguments import (
     check_trained,
     check_vector,
 )
+from mta_ds.ops.autograd import differentiable_once, without_autocast
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.layout import Segments, row_blocks, runs
 from mta_ds.ops.products import accumulating, gram
@@ -73,6 +74,7 @@ class _DSA(torch.autograd.Function):
     """Gradients are made in the forward, while the tiles of cosines are at hand."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, student: Tensor, teacher: Tensor, omega: Tensor, spans: Segments) -> tuple[Tensor, Tensor]:
         aligned = align(accumulating(student), accumulating(teacher), omega, spans)
         ctx.save_for_backward(aligned.gradient)
@@ -81,6 +83,7 @@ class _DSA(torch.autograd.Function):
         return aligned.values, aligned.normalisers
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         owners = ctx.spans.on("owners", upstream.device)

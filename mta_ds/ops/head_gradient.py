@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta_ds.ops.heads import total_dtype
+from mta_ds.ops.autograd import differentiable_once
+from mta_ds.ops.products import total_dtype
 
 
 class HeadGradient:
@@ -44,13 +45,13 @@ class HeadGradient:
             return None
         assert not self._ran, "head_gradient: an op after backward; one micro-step, one HeadGradient"
         if self._buffer is None:
-            self._buffer = torch.zeros_like(head, dtype=total_dtype(head))
+            self._buffer = torch.zeros_like(head, dtype=total_dtype(head.dtype))
         return self._buffer
 
     def attach(self) -> Tensor:
         """A zero to add to the loss: its backward gives the head what was collected, once."""
         if not self._is_collected:
-            return self._head.new_zeros((), dtype=total_dtype(self._head))
+            return self._head.new_zeros((), dtype=total_dtype(self._head.dtype))
         return _Attach.apply(self._head, self)  # type: ignore[no-untyped-call,no-any-return]
 
     def take(self) -> Tensor:
@@ -69,9 +70,10 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Tensor, collected: HeadGradient) -> Tensor:
         ctx.collected, ctx.dtype = collected, head.dtype
-        return head.new_zeros((), dtype=total_dtype(head))
+        return head.new_zeros((), dtype=total_dtype(head.dtype))
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         gradient = ctx.collected.take()
         return gradient.mul_(upstream.to(gradient.dtype)).to(ctx.dtype), None

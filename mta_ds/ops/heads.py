@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_teacher, check_together
-from mta_ds.ops.products import add_product, product
+from mta_ds.ops.arguments import check_teacher, check_together, check_trained
+from mta_ds.ops.products import add_product, product, total_dtype
 
 # Large enough that the products run at full speed and the head's gradient is not read and written too often, small
 # beside the logits of a batch.
@@ -23,14 +23,9 @@ _SLAB_ROWS = 2048
 _MIXED = (torch.bfloat16, torch.float16)
 
 
-def total_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of logits and sums."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def gradient_dtype(like: Tensor) -> torch.dtype:
     """The dtype of a chunk's gradient to its logits: the states' where products take it with fp32 sums."""
-    return like.dtype if _has_mixed_products(like) else total_dtype(like)
+    return like.dtype if _has_mixed_products(like) else total_dtype(like.dtype)
 
 
 def chunk_tokens(vocab_size: int, like: Tensor, chunk_bytes: int | None, layers: int = 1) -> int:
@@ -54,9 +49,8 @@ def chunk_shape(
     """
     if chunk_bytes is None:
         chunk_bytes = _GPU_BYTES if is_cuda else _CPU_BYTES
-    total = torch.float64 if dtype == torch.float64 else torch.float32
     own_gradient = is_cuda and dtype in _MIXED
-    size = layers * vocab_size * (2 * total.itemsize + (dtype.itemsize if own_gradient else 0))
+    size = layers * vocab_size * (2 * total_dtype(dtype).itemsize + (dtype.itemsize if own_gradient else 0))
     return max(1, chunk_bytes // (size * _MIN_TOKENS)) * _MIN_TOKENS, size
 
 
@@ -64,7 +58,7 @@ def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden · headᵀ in fp32 (float64 stays)."""
     if _has_mixed_products(hidden):
         return product(hidden, head.T)
-    logits = hidden.new_empty((len(hidden), len(head)), dtype=total_dtype(hidden))
+    logits = hidden.new_empty((len(hidden), len(head)), dtype=total_dtype(hidden.dtype))
     hidden = hidden.to(logits.dtype)
     for part, rows in _slabs(head):
         torch.mm(hidden, rows.T, out=logits[:, part])
@@ -99,21 +93,24 @@ def _slabs(head: Tensor) -> Iterator[tuple[slice, Tensor]]:
     probability by 6 per cent; without instructions for it, it takes a hundred times as long as in fp32. Slabs that stay
     in the cache cost what fp32 factors would: twice the time of the fastest rounded product.
     """
-    if head.dtype == total_dtype(head):
+    total = total_dtype(head.dtype)
+    if head.dtype == total:
         yield slice(0, len(head)), head
         return
     for first in range(0, len(head), _SLAB_ROWS):
-        yield (part := slice(first, first + _SLAB_ROWS)), head[part].to(total_dtype(head))
+        yield (part := slice(first, first + _SLAB_ROWS)), head[part].to(total)
 
 
 def check_student(student: Tensor, head: Tensor, vocab_size: int | None) -> None:
     """States [n, d] and head [V, d] of one dtype and device.
 
     Raises:
-        ValueError: they are not, or the head has fewer rows than ``vocab_size``.
+        ValueError: they are not, the head has fewer rows than ``vocab_size``, or float16 that is trained.
     """
     check_side("student", "student_head", student, head, vocab_size)
     check_together(student=student, student_head=head)
+    if torch.is_grad_enabled() and (student.requires_grad or head.requires_grad):
+        check_trained(student=student)
 
 
 def check_teacher_side(
@@ -127,7 +124,7 @@ def check_teacher_side(
     check_side("teacher", "teacher_head", teacher, teacher_head, vocab_size)
     if len(teacher) != len(student):
         raise ValueError(f"teacher: want {len(student)} positions as the student has, got {len(teacher)}")
-    if total_dtype(teacher) != total_dtype(student):
+    if total_dtype(teacher.dtype) != total_dtype(student.dtype):
         raise ValueError(f"teacher: float64 goes with float64 only, got {teacher.dtype} beside {student.dtype}")
     check_together(student=student, teacher=teacher, teacher_head=teacher_head)
     check_teacher("teacher", teacher)

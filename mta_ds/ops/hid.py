@@ -16,8 +16,9 @@ from mta_ds.ops.arguments import (
     check_trained,
     check_vector,
 )
+from mta_ds.ops.autograd import differentiable_once, without_autocast
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.products import accumulating, add_product, product, write_product
+from mta_ds.ops.products import accumulating, add_product, product, total_dtype, write_product
 
 # Tokens that are projected at once: enough for products at full speed, few beside a batch.
 _CPU_TOKENS = 512
@@ -63,6 +64,7 @@ class _Hid(torch.autograd.Function):
     """Gradients are made in the forward, chunk by chunk."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, student: Tensor, projection: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
         projector = Projector(projection, student, len(weights))
         gradient = torch.empty_like(student)
@@ -72,6 +74,7 @@ class _Hid(torch.autograd.Function):
         return value
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # a scale that is rounded first would scale all of the gradient wrongly
         student, projection = (
@@ -148,7 +151,7 @@ class _Direct:
 
     def __init__(self, projection: Tensor) -> None:
         self._projection = projection
-        self._total = torch.zeros_like(projection, dtype=accumulating(projection[:0]).dtype)
+        self._total = torch.zeros_like(projection, dtype=total_dtype(projection.dtype))
         self._rooms: dict[str, Tensor] = {}
 
     def __call__(

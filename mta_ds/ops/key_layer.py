@@ -25,11 +25,12 @@ from mta_ds.ops.arguments import (
     check_trained,
     check_vector,
 )
+from mta_ds.ops.autograd import differentiable_once, without_autocast
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.dsa import align
 from mta_ds.ops.hid import Projector
 from mta_ds.ops.layout import Group, SpanLayout
-from mta_ds.ops.products import accumulating
+from mta_ds.ops.products import accumulating, total_dtype
 from mta_ds.ops.segments import pair_weights, softmax_within
 from mta_ds.ops.span_pool import pool, pool_gradient, scatter, span_shares
 from mta_ds.ops.token_weights import log_token_weights
@@ -38,7 +39,7 @@ Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
 StudentWeights = Literal["own", "teacher"]
 
 # Tokens that are worked on at once.
-_CPU_TOKENS = 2048
+_CPU_TOKENS = 1024
 _GPU_TOKENS = 16_384
 
 
@@ -111,6 +112,7 @@ def align_layer(
 
 
 @torch.no_grad()
+@without_autocast
 def _align(
     student: Tensor,
     teacher: Tensor,
@@ -122,7 +124,7 @@ def _align(
     """Group by group, whose gradients go to their places."""
     members = layout.members
     projector = Projector(projection, student, len(members.covered))
-    zero = accumulating(student.new_zeros(()))
+    zero = student.new_zeros((), dtype=total_dtype(student.dtype))
     given = None if teacher_weights is None else teacher_weights.double().log()
     found = LayerGradients(
         terms=LayerTerms(zero, zero, zero, zero.new_ones(2)),
@@ -213,9 +215,9 @@ def _align_spans(
 def _finite(student: Tensor, teacher: Tensor, loss: Tensor) -> Tensor:
     """Whether the student's and the teacher's states are, by what shows it: anything not finite makes its sum so."""
     # float16's own sum of finite states may be infinite
-    ours, theirs = (accumulating(seen[:0]).dtype for seen in (student, teacher))
-    teacher_is = teacher.sum(dtype=theirs).isfinite()
-    student_is = student.sum(dtype=ours).isfinite() & (loss.isfinite() | ~teacher_is)
+    student_sum, teacher_sum = (seen.sum(dtype=total_dtype(seen.dtype)) for seen in (student, teacher))
+    teacher_is = teacher_sum.isfinite()
+    student_is = student_sum.isfinite() & (loss.isfinite() | ~teacher_is)
     return torch.stack([student_is, teacher_is]).to(loss.dtype)
 
 
@@ -242,6 +244,7 @@ class _Attach(torch.autograd.Function):
         return dsa, normaliser, hid, finite
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         layout: SpanLayout = ctx.layout
         shares, dsa_spans, hid_tokens, hid_projection = ctx.saved_tensors

@@ -159,6 +159,10 @@ class SpanLayout:
 
     def groups(self, num_tokens: int) -> list[Group]:
         """The batch as runs of whole sequences of about ``num_tokens``: what is worked on at once."""
+        num_sequences = len(self.cu_seqlens) - 1
+        if num_sequences == 1 or (num_sequences > 1 and self.num_tokens <= num_tokens):
+            sizes = (self.num_tokens, len(self.members.spans), len(self.members.span_tokens), len(self.members.covered))
+            return [Group(*(slice(0, size) for size in sizes), layout=self)]  # not kept: it would keep itself
         if num_tokens not in self._groups:
             self._groups[num_tokens] = list(self._cut(num_tokens))
         return self._groups[num_tokens]
@@ -231,11 +235,14 @@ def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, num_rows))
 
 
-def beside(host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor where the others are; through pinned memory the copy does not wait for the GPU's queue."""
-    if device.type == "cpu":
-        return host
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+def beside(values: Tensor, device: torch.device) -> Tensor:
+    """Host data where other tensors are; through pinned memory the copy does not wait for the GPU's queue.
+
+    What is there already stays as it is.
+    """
+    if values.device == device:
+        return values
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

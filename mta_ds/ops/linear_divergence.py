@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mta_ds.ops.arguments import check_teacher, check_together, check_vector
+from mta_ds.ops.autograd import differentiable_once
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.divergence import Divergence, divergence_rows, entropy_rows
 from mta_ds.ops.head_gradient import HeadGradient
@@ -24,9 +25,10 @@ from mta_ds.ops.heads import (
     chunk_tokens,
     gradient_dtype,
     logits_of,
-    total_dtype,
     write_hidden_gradient,
 )
+from mta_ds.ops.layout import beside
+from mta_ds.ops.products import total_dtype
 
 IGNORED = -100
 
@@ -70,8 +72,8 @@ def linear_divergence(
         teacher, teacher_head: [n, d_T] and [V_T, d_T], of one dtype, no gradient; None where no teacher is needed.
         targets: int64 [n] on the CPU, the label of the next token, -100 = not counted. How many are counted is the
             size of every product: read from a GPU it would have to be waited for.
-        weights: [n], a factor for each position, no gradient; 1 if not given.
-        alphas: [n], α of ``skl`` and ``srkl`` at each position instead of the divergence's own, no gradient.
+        weights: [n], a factor for each position, beside the states or on the CPU, no gradient; 1 if not given.
+        alphas: [n], α of ``skl`` and ``srkl`` at each position instead of the divergence's own; as weights.
         factor: the loss and its gradients are multiplied by it; the detached sums are not.
         head_gradient: takes the gradient of the student's head, shared with other ops of the micro-step: then this loss
             must enter the total with coefficient 1 (hence ``factor``), and ``head_gradient.attach()`` be added to it.
@@ -90,17 +92,18 @@ def linear_divergence(
         teacher = teacher_head = None  # nothing would be read from it
     rows = slice(0, divergence.vocab_size)
     labels = targets[counted := (targets != IGNORED).nonzero()[:, 0]]
-    index = _upload(counted, student.device)
+    index = beside(counted, student.device)
 
     def pick(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(student.device, non_blocking=True).index_select(0, index)
+        return None if values is None else beside(values, student.device).index_select(0, index)
 
     loss, divergence_sum, cross_entropy, entropy = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-        student.index_select(0, index),
+        student,
         student_head if head_gradient is None else student_head.detach(),
+        index,
         pick(teacher),
         teacher_head[rows] if teacher_head is not None else None,
-        _upload(labels, student.device),
+        beside(labels, student.device),
         pick(weights),
         pick(alphas),
         _Options(
@@ -133,9 +136,9 @@ def label_log_probs(
     sft = Divergence("sft", vocab_size=vocab_size)
     _check(hidden, head, None, None, targets, sft)
     labels = targets[counted := (targets != IGNORED).nonzero()[:, 0]]
-    hidden, head = hidden.index_select(0, _upload(counted, hidden.device)), head[:vocab_size]
-    labels = _upload(labels, hidden.device)
-    values = hidden.new_empty((2, len(hidden)), dtype=total_dtype(hidden))
+    hidden, head = hidden.index_select(0, beside(counted, hidden.device)), head[:vocab_size]
+    labels = beside(labels, hidden.device)
+    values = hidden.new_empty((2, len(hidden)), dtype=total_dtype(hidden.dtype))
     size = chunk_tokens(len(head), hidden, chunk_bytes)
     for first in range(0, len(hidden), size):
         part = slice(first, first + size)
@@ -160,7 +163,7 @@ def token_entropy(
     check_side("hidden", "head", hidden, head, vocab_size)
     check_together(hidden=hidden, head=head)
     head = head[:vocab_size]
-    entropy = hidden.new_empty(len(hidden), dtype=total_dtype(hidden))
+    entropy = hidden.new_empty(len(hidden), dtype=total_dtype(hidden.dtype))
     size = chunk_tokens(len(head), hidden, chunk_bytes)
     for first in range(0, len(hidden), size):
         part = slice(first, first + size)
@@ -181,13 +184,17 @@ class _Options(NamedTuple):
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """The op on counted positions only; the gradients are made in the forward."""
+    """The op on counted positions only; the gradients are made in the forward.
+
+    The student's are picked in here: the backward of a pick in the graph would add them up by atomics on a GPU.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         student: Tensor,
         student_head: Tensor,
+        index: Tensor,
         teacher: Tensor | None,
         teacher_head: Tensor | None,
         targets: Tensor,
@@ -197,7 +204,8 @@ class _LinearDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # needs_input_grad tells of the inputs alone: it is set under no_grad too, where gradients would be for nothing
         needs_hidden, needs_head = (options.grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        divergence, total = options.divergence, total_dtype(student)
+        divergence, total = options.divergence, total_dtype(student.dtype)
+        num_positions, student = len(student), student.index_select(0, index)
         head = student_head[: divergence.vocab_size]
         values = student.new_empty((3 if options.teacher_entropy else 2, len(student)), dtype=total)
         weights, alphas = (None if each is None else each.to(total) for each in (weights, alphas))
@@ -226,6 +234,7 @@ class _LinearDivergence(torch.autograd.Function):
                 add_head_gradient(adds_up[: len(head)], grad_logits, student[part])
             del grad_logits  # the next chunk's logits take its place
         ctx.gradients, ctx.dtypes = (grad_hidden, grad_head), (student.dtype, student_head.dtype)
+        ctx.index, ctx.num_positions = index, num_positions
         divergence_sum, cross_entropy = (values[:2] if weights is None else values[:2] * weights).sum(1).unbind()
         ratio = divergence.divergence_ratio
         entropy = values[2] if options.teacher_entropy else None
@@ -234,16 +243,19 @@ class _LinearDivergence(torch.autograd.Function):
         return loss, divergence_sum, cross_entropy, entropy
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_divergence: backward ran already; its gradients exist once, run the op again")
         # The head's gradient can be gigabytes: it is scaled in place and given away, so that it becomes the leaf's own.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = (
+        hidden, head = (
             None if gradient is None else gradient.mul_(upstream[0].to(gradient.dtype)).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *scaled, *(None,) * 6
+        if hidden is not None and len(hidden) < ctx.num_positions:  # zeros where nothing is counted
+            hidden = hidden.new_zeros(ctx.num_positions, hidden.shape[1]).index_copy_(0, ctx.index, hidden)
+        return hidden, head, *(None,) * 7
 
 
 def _scales(weights: Tensor | None, factor: float, like: Tensor) -> Tensor | None:
@@ -279,13 +291,6 @@ def _chunk(
     return gradient
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """Host data on the device, without waiting for it."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
-
-
 def _check(
     student: Tensor,
     student_head: Tensor,
@@ -306,14 +311,15 @@ def _check(
     vocab_size = len(student_head[: divergence.vocab_size])
     if bool(((targets != IGNORED) & ((targets < 0) | (targets >= vocab_size))).any()):
         raise ValueError(f"targets: want {IGNORED} or 0 <= target < {vocab_size} rows of the head")
-    if weights is not None:
-        check_vector("weights", weights, num_positions)
-        check_teacher("weights", weights)
-    if alphas is not None:
-        check_vector("alphas", alphas, num_positions)
-        check_teacher("alphas", alphas)
-        if divergence.name not in ("skl", "srkl"):
-            raise ValueError(f"alphas: are of skl and srkl, '{divergence.name}' has no α")
+    for name, values in (("weights", weights), ("alphas", alphas)):
+        if values is None:
+            continue
+        check_vector(name, values, num_positions)
+        check_teacher(name, values)
+        if values.device not in (student.device, targets.device):
+            raise ValueError(f"{name}: want it on {student.device} as student is, or on the CPU, got {values.device}")
+    if alphas is not None and divergence.name not in ("skl", "srkl"):
+        raise ValueError(f"alphas: are of skl and srkl, '{divergence.name}' has no α")
     if teacher is None or teacher_head is None:
         if teacher is not None or teacher_head is not None:
             raise ValueError("teacher and teacher_head: give both or neither")

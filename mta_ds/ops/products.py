@@ -13,9 +13,14 @@ from mta_ds.ops.layout import row_blocks
 _STRIP_ROWS = 64
 
 
+def total_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over values of ``dtype``: fp32, or float64 of float64."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def accumulating(x: Tensor) -> Tensor:
-    """``x`` in the dtype of sums: fp32, or float64 if it is in that."""
-    return x if x.dtype == torch.float64 else x.float()
+    """``x`` in the dtype of its sums."""
+    return x.to(total_dtype(x.dtype))
 
 
 def product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
@@ -67,11 +72,17 @@ def gram(x: Tensor) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    """Whether the device multiplies this dtype at its full rate."""
-    return x.dtype in (torch.float32, torch.float64) or x.is_cuda or (x.dtype == torch.bfloat16 and _cpu_has_bf16())
+    """Whether a plain product of this dtype is added up in fp32, and at full rate.
+
+    A GPU's in half precision may be made of partial sums that are rounded to it.
+    """
+    if x.dtype == torch.bfloat16:
+        return not x.is_cuda and has_fast_bfloat16()
+    return x.dtype in (torch.float32, torch.float64)
 
 
 @cache
-def _cpu_has_bf16() -> bool:
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; without, torch is over 100 times slower than in fp32."""
     # what the processor has, not what a measurement says: results must not change from run to run
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -5,8 +5,8 @@ A batch is concatenated: ``hidden`` [n, d] holds the valid tokens of B sequences
 ``cu_spans`` [B + 1] bounds each sequence's spans. Everything is computed in fp32 (float64 inputs stay float64).
 A zero denominator (a zero vector, a span without weight, a sequence without pairs) gives exact zeros, in gradients too.
 
-Layout tensors (``cu_seqlens``, ``spans``, ``cu_spans``) may be on the CPU while the others are on a GPU; then their
-contents are checked as well, and nothing here waits for the GPU.
+Layout tensors (``cu_seqlens``, ``spans``, ``cu_spans``) are on the CPU wherever the others are, and their contents are
+checked there.
 
 Letters: n tokens, K spans, B sequences, d features, S student, T teacher.
 """
@@ -136,7 +136,7 @@ def normalise_within(values: Tensor, cu: Tensor) -> Tensor:
 
 
 def covered_tokens(spans: Tensor, num_tokens: int) -> Tensor:
-    """Sorted indices int64 [m] of the tokens inside any span, on the device of ``spans``."""
+    """Sorted indices int64 [m] of the tokens inside any span."""
     check_spans(spans, num_tokens)
     opened = torch.bincount(spans[:, 0], minlength=num_tokens + 1)
     closed = torch.bincount(spans[:, 1], minlength=num_tokens + 1)
@@ -326,9 +326,9 @@ def _weighted_sums(rows: Tensor, ranges: Tensor, members: Tensor, weights: Tenso
 def _members(ranges: Tensor) -> tuple[Tensor, Tensor]:
     """Every (range, token) pair, range by range: range index [Σ lengths] and token index [Σ lengths]."""
     lengths = ranges[:, 1] - ranges[:, 0]
-    owners = torch.repeat_interleave(torch.arange(len(ranges), device=ranges.device), lengths)
+    owners = torch.repeat_interleave(torch.arange(len(ranges)), lengths)
     first = ranges[:, 0] - (lengths.cumsum(0) - lengths)
-    return owners, torch.arange(len(owners), device=ranges.device) + first[owners]
+    return owners, torch.arange(len(owners)) + first[owners]
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mta_ds.ops.arguments import check_bounds, check_dtypes, check_rows, check_together, check_vector
+from mta_ds.ops.autograd import differentiable_once
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.layout import Membership, Segments
-from mta_ds.ops.products import accumulating
+from mta_ds.ops.products import accumulating, total_dtype
 from mta_ds.ops.segments import softmax_within
 
 
@@ -48,6 +49,7 @@ class _SpanPool(torch.autograd.Function):
         return pool(hidden, shares, members)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (shares,) = ctx.saved_tensors
         members: Membership = ctx.members
@@ -67,7 +69,7 @@ def span_shares(logs: Tensor, members: Membership, like: Tensor) -> tuple[Tensor
         [pairs], span by span, in the accumulating dtype of ``like``, and float64 [K].
     """
     tokens = members.on("span_tokens", logs.device)
-    return softmax_within(logs[tokens], members.pairs, accumulating(like[:0]).dtype)
+    return softmax_within(logs[tokens], members.pairs, total_dtype(like.dtype))
 
 
 def pool(hidden: Tensor, shares: Tensor, members: Membership) -> Tensor:
@@ -128,7 +130,7 @@ def span_weights(weights: Tensor, spans: Tensor, cu_spans: Tensor) -> Tensor:
     members = Membership(spans, len(weights))
     check_bounds("cu_spans", cu_spans, len(spans))
     _, log_mass = span_shares(_logs(weights), members, weights)
-    return softmax_within(log_mass, Segments(cu_spans), accumulating(weights[:0]).dtype)[0]
+    return softmax_within(log_mass, Segments(cu_spans), total_dtype(weights.dtype))[0]
 
 
 def normalise_within(values: Tensor, cu: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def normalise_within(values: Tensor, cu: Tensor) -> Tensor:
     """
     check_vector("values", values, len(values))
     check_bounds("cu", cu, len(values))
-    return softmax_within(_logs(values), Segments(cu), accumulating(values[:0]).dtype)[0]
+    return softmax_within(_logs(values), Segments(cu), total_dtype(values.dtype))[0]
 
 
 def _logs(weights: Tensor) -> Tensor:

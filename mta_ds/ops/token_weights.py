@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mta_ds.ops.arguments import check_bounds, check_rows, check_vector
+from mta_ds.ops.autograd import without_autocast
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.layout import Segments, row_blocks, runs
-from mta_ds.ops.products import accumulating, gram
+from mta_ds.ops.products import accumulating, gram, total_dtype
 from mta_ds.ops.reference import STD_EPSILON
 from mta_ds.ops.span_pool import normalise_within
 
@@ -38,13 +39,15 @@ def token_weights(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     check_rows("hidden", hidden)
     check_bounds("cu_seqlens", cu_seqlens, len(hidden))
-    return log_token_weights(hidden, Segments(cu_seqlens)).exp_().to(accumulating(hidden[:0]).dtype)
+    return log_token_weights(hidden, Segments(cu_seqlens)).exp_().to(total_dtype(hidden.dtype))
 
 
 @torch.no_grad()
+@without_autocast
 def log_token_weights(hidden: Tensor, sequences: Segments) -> Tensor:
     """Logarithms of :func:`token_weights`, float64 [n]: finite however little a token is attended to."""
-    if backend_of(hidden) == "triton":
+    # kernels make NaN of a single feature's deviation, also where a token alone needs none
+    if hidden.shape[1] > 1 and backend_of(hidden) == "triton":
         import mta_ds.ops.kernels.token_weights as kernels
 
         return kernels.log_token_weights(hidden, sequences)
@@ -83,11 +86,11 @@ def _log_attention_received(hidden: Tensor) -> Tensor:
     Sums of softmaxes are what a CPU does fastest; the rare sequence in which one underflows goes by logarithms again.
     """
     count, length, _ = hidden.shape
+    if length <= 1:  # its weight is 1, or NaN with its state
+        return (0.0 * hidden).sum(dim=2).double()
     whole = gram(hidden) if count * length**2 <= _BLOCK_SCORES else None
     squares = torch.linalg.vector_norm(hidden, dim=2).square_() if whole is None else whole.diagonal(dim1=1, dim2=2)
     scales = _scales(hidden, squares)
-    if length <= 1:
-        return (0.0 * scales).double()  # its weight is 1, or NaN with its state
     if hidden.is_cuda:  # nobody waits to see whether one underflows
         return _log_sums(hidden, scales) - math.log(length)
     received = torch.zeros_like(scales)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mta_ds.ops.arguments import check_teacher
+from mta_ds.ops.arguments import check_teacher, check_trained
+from mta_ds.ops.autograd import differentiable_once
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.divergence import log_softmax_
+from mta_ds.ops.divergence import log_softmax_, row_parts
 from mta_ds.ops.head_gradient import HeadGradient
 from mta_ds.ops.heads import (
     add_head_gradient,
@@ -24,13 +25,9 @@ from mta_ds.ops.heads import (
     chunk_tokens,
     gradient_dtype,
     logits_of,
-    total_dtype,
     write_hidden_gradient,
 )
-
-# Rows are taken through all their passes a few at a time, so that what one pass writes the next finds in the cache.
-_BLOCK_BYTES = 1 << 20
-_GPU_BLOCK_BYTES = 128 << 20  # there, so that launches are few
+from mta_ds.ops.products import total_dtype
 
 
 class TrajectoryGradients(NamedTuple):
@@ -111,7 +108,7 @@ def _align(
 ) -> TrajectoryGradients:
     """``states`` of student and teacher at this key layer and, if there is one, at the one before."""
     student = states[0][0]
-    values = student.new_zeros((2, len(student)), dtype=total_dtype(student))
+    values = student.new_zeros((2, len(student)), dtype=total_dtype(student.dtype))
     gradients = [torch.empty_like(student, dtype=values.dtype) for _ in states]
     for first in range(0, len(student), chunk_size):
         part = slice(first, first + chunk_size)
@@ -156,6 +153,7 @@ class _Attach(torch.autograd.Function):
         return gradients.loss.clone()
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (
             None if each is None else (each * upstream.to(each.dtype)).to(ctx.dtype) for each in ctx.saved_tensors
@@ -191,10 +189,7 @@ def trajectory_rows(
             there is one, as many of the key layer before [2m, V].
         gradient: of the factored sum to the student's logits, in any dtype; may be ``student`` itself.
     """
-    block_bytes = _GPU_BLOCK_BYTES if student.is_cuda else _BLOCK_BYTES
-    block = max(1, block_bytes // (student.shape[1] * student.element_size()))
-    for first in range(0, num_tokens, block):
-        now = slice(first, min(first + block, num_tokens))
+    for now in row_parts(student, num_tokens, layers=2):
         toward = _kl(student[now], teacher[now], factors, values[0, now])
         if len(student) == num_tokens:
             gradient[now].copy_(toward)
@@ -240,6 +235,7 @@ def _check(
     head_gradient: HeadGradient | None,
 ) -> None:
     check_student(student, student_head, vocab_size)
+    check_trained(student=student)  # its gradients are made whether it is in a graph or, in a hook, is not
     check_teacher_side(teacher, teacher_head, student, student_head, vocab_size)
     sides = ("student", "teacher"), (student, teacher), previous or (student, teacher)
     for side, now, before in zip(*sides, strict=True):

@@ -316,6 +316,29 @@ def test_wrong_arguments_are_named():
         dsa_scale(MTAConfig(reduction="weighted_mean"), count_sequences({"word": batch.spans}), "word")
 
 
+RANGES = torch.tensor([[0, 2], [1, 3], [4, 6]])
+
+
+@pytest.mark.parametrize(
+    ("ranges", "cu_spans", "message"),
+    [
+        (RANGES, torch.tensor([0, 2, 9]), "cu_spans: want bounds from 0 to 3, got 0 to 9"),
+        (RANGES, torch.tensor([0, 2, -1]), "cu_spans: want bounds from 0 to 3, got 0 to -1"),
+        (RANGES, torch.tensor([0, 4, 3]), "cu_spans: bounds must not fall"),
+        (RANGES, torch.tensor([0.0, 2.0, 3.0]), r"cu_spans: want int64 \[B \+ 1\], got torch.float32"),
+        (RANGES, torch.tensor([0, 3]), "cu_spans: want 3 bounds as cu_seqlens has, got 2"),
+        (RANGES, torch.zeros(3, dtype=torch.int64, device="meta"), "cu_spans: layouts are host data"),
+        (RANGES[0], torch.tensor([0, 1, 2]), r"spans: want int64 \[K, 2\], got torch.int64 \[2\]"),
+        (RANGES.float(), torch.tensor([0, 2, 3]), r"spans: want int64 \[K, 2\], got torch.float32"),
+        (RANGES + 3, torch.tensor([0, 2, 3]), "spans: want 0 <= start <= end <= 8 in every row"),
+    ],
+)
+def test_spans_that_do_not_fit_are_named_before_they_are_counted(ranges, cu_spans, message):
+    loss = MTALoss(D_STUDENT, D_TEACHER, ["word"]).double()
+    with pytest.raises(ValueError, match=message):
+        loss([random(8, D_STUDENT)], [random(8, D_TEACHER)], bounds([4, 4]), {"word": Spans(ranges, cu_spans)})
+
+
 @pytest.mark.parametrize(
     "values", [{"reduction": "mean"}, {"lambda_dsa": -1}, {"num_layers": 0}, {"student_weights": 1}]
 )

@@ -1,15 +1,63 @@
 """Each op on every backend: Triton's kernels by its interpreter, which ``tests/conftest.py`` has chosen.
 
-On a machine with a GPU they are compiled, and run for real in test_gpu.py.
+On a machine with a GPU they are compiled, and run there on copies of a test's tensors; nobody has done that yet. What
+is whole on a GPU is in test_gpu.py.
 """
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from op_cases import random
+from torch.utils._pytree import tree_map_only
 
 from mta_ds.ops.backend import Backend, force
+
+HOST_FUNCTIONS = {
+    "token_weights": ("log_token_weights",),
+    "segments": ("softmax_within", "sums_within"),
+    "span_pool": ("pool", "pool_gradient"),
+    "dsa": ("align",),
+    "hid": ("distances",),
+    "divergence": ("divergence_rows",),
+    "trajectory": ("trajectory_rows",),
+}
+
+
+def on_copies(launch, device):
+    """A host function on copies of its tensors on ``device``; what it writes and returns comes back."""
+
+    def launched(*args, **options):
+        if args[0].is_cuda:
+            return launch(*args, **options)
+        copies = {}
+
+        def there(tensor):
+            # the gradient may be asked for in the place of the logits
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if key not in copies:
+                copies[key] = (tensor, tensor.to(device, copy=True))
+            return copies[key][1]
+
+        args, options = tree_map_only(torch.Tensor, there, (args, options))
+        found = launch(*args, **options)
+        for tensor, copy in copies.values():
+            tensor.data.copy_(copy)  # behind the back of autograd, as a kernel writes
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), found)
+
+    return launched
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Where there is a GPU, compiled kernels see every test of an op."""
+    if torch.cuda.is_available():
+        for module, names in HOST_FUNCTIONS.items():
+            kernels = importlib.import_module(f"mta_ds.ops.kernels.{module}")
+            for name in names:
+                monkeypatch.setattr(kernels, name, on_copies(getattr(kernels, name), "cuda"))
 
 
 @pytest.fixture
@@ -48,7 +96,5 @@ def crowd():
 def backend(request: pytest.FixtureRequest):
     """The test runs once on each backend."""
     chosen: Backend = request.param
-    if chosen == "triton" and torch.cuda.is_available():
-        pytest.skip("these tensors are on the CPU; with a GPU, kernels run in test_gpu.py")
     with force(chosen):
         yield chosen

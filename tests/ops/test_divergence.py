@@ -107,9 +107,10 @@ def test_distributions_that_do_not_overlap_stay_finite_in_fp32(divergence):
     torch.testing.assert_close(values(student, teacher, divergence), got)
 
 
-@pytest.mark.parametrize("rows", [divergence_rows, kernels.divergence_rows], ids=["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["fkl", "tvd", "srkl"])
-def test_a_long_row_loses_no_digits_to_its_length(name, rows):
+def test_a_long_row_loses_no_digits_to_its_length(name, backend):
+    rows = kernels.divergence_rows if backend == "triton" else divergence_rows
     generator = torch.Generator().manual_seed(2)
     student, teacher = (4 * torch.randn(1, 256_000, generator=generator) + shift for shift in (30, -500))
     found = []

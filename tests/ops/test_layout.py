@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from op_cases import LENGTHS, bounds, random_spans
@@ -48,6 +50,17 @@ def test_groups_are_whole_sequences_and_all_of_them(size):
         assert torch.equal(inner.members.span_tokens + group.tokens.start, members.span_tokens[group.pairs])
         assert torch.equal(inner.members.covered + group.tokens.start, members.covered[group.covered])
         assert inner.covered.cu[-1] == len(inner.members.covered)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:1]], ids=str)
+def test_a_batch_that_is_one_group_is_that_group_and_does_not_keep_itself(lengths):
+    layout = SpanLayout(bounds(lengths), SPANS[: COUNTS[0]], bounds((COUNTS[0], *(0,) * (len(lengths) - 1))))
+    (group,) = layout.groups(10_000 if len(lengths) > 1 else 1)
+    assert group.layout is layout
+    seen = weakref.ref(layout)
+    del layout, group
+    assert seen() is None
+    assert SpanLayout(bounds([]), SPANS[:0], bounds([])).groups(10) == []
 
 
 def test_runs_are_segments_of_one_length():

@@ -179,19 +179,30 @@ def test_nothing_to_count_is_a_zero_that_depends_on_the_parameters(backend, inpu
     assert all((g == 0).all() for g in grads)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that any result has, and how many matrix products there were."""
+class Seen(TorchDispatchMode):
+    """The most elements that any result has, what was called, and how many matrix products there were."""
 
     def __init__(self):
         super().__init__()
         self.elements = self.products = 0
+        self.names = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.elements = max([self.elements, *sizes])
+        self.names.add(func.overloadpacket.__name__)
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         return result
+
+
+def test_gradients_of_counted_positions_are_copied_not_added_up(inputs):
+    """A GPU adds in an order of its own."""
+    loss = linear_divergence(**inputs, divergence=Divergence("fkl", vocab_size=VOCAB)).loss
+    with Seen() as seen:
+        loss.backward()
+    assert "index_copy_" in seen.names and not seen.names & {"index_add", "index_add_"}
+    assert inputs["student"].grad[inputs["targets"] == -100].eq(0).all()
 
 
 def test_logits_never_exist_and_evaluation_makes_no_gradients():
@@ -200,9 +211,9 @@ def test_logits_never_exist_and_evaluation_makes_no_gradients():
     student = random(n, width, seed=1, dtype=torch.float32)
     teacher, targets = random(n, width, seed=2, dtype=torch.float32), torch.zeros(n, dtype=torch.int64)
     arguments = (student, head, teacher, head.detach(), targets, Divergence("fkl"))
-    with Largest() as training:
+    with Seen() as training:
         linear_divergence(*arguments, chunk_bytes=1)
-    with torch.no_grad(), Largest() as evaluation:
+    with torch.no_grad(), Seen() as evaluation:
         linear_divergence(*arguments, chunk_bytes=1)
     assert training.elements <= 32 * vocab and evaluation.elements <= 32 * vocab
     assert training.products == 3 * n // 32 and evaluation.products == 2 * n // 32
@@ -284,9 +295,14 @@ def test_a_tied_head_sums_both_uses(inputs):
         ({"targets": torch.full((N,), VOCAB)}, "targets: want -100 or 0 <= target < 37 rows of the head"),
         ({"weights": torch.zeros(3)}, r"weights: want floating \[11\]"),
         ({"weights": torch.zeros(N, requires_grad=True)}, "weights: must not require grad"),
+        ({"weights": torch.zeros(N, device="meta")}, "weights: want it on cpu as student is, or on the CPU, got meta"),
         (
             {"alphas": torch.zeros(3), "divergence": Divergence("skl", vocab_size=VOCAB)},
             r"alphas: want floating \[11\]",
+        ),
+        (
+            {"alphas": torch.zeros(N, device="meta"), "divergence": Divergence("skl", vocab_size=VOCAB)},
+            "alphas: want it on cpu as student is, or on the CPU, got meta",
         ),
         ({"alphas": torch.zeros(N)}, "alphas: are of skl and srkl, 'fkl' has no α"),
         ({"head_gradient": HeadGradient(torch.zeros(3, 2))}, r"head_gradient: is of a head torch.float32 \[3, 2\]"),
@@ -304,6 +320,17 @@ def test_a_tied_head_sums_both_uses(inputs):
 def test_wrong_arguments_are_named(inputs, change, message):
     with pytest.raises(ValueError, match=message):
         linear_divergence(**({"divergence": Divergence("fkl", vocab_size=VOCAB)} | inputs | change))
+
+
+def test_a_float16_student_is_evaluated_but_not_trained(backend):
+    low = sized(5, VOCAB, torch.float16)
+    for frozen in ({}, {"student": low["student"].detach()}, {"student_head": low["student_head"].detach()}):
+        with pytest.raises(ValueError, match="student: gradients underflow in float16"):
+            linear_divergence(**low | frozen, divergence=Divergence("fkl"))
+    with torch.no_grad():
+        value = linear_divergence(**low, divergence=Divergence("fkl")).loss
+    expected = whole(in_float64(low), Divergence("fkl"))[0]
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_float64_goes_with_float64_only(inputs):

@@ -60,6 +60,15 @@ def test_what_is_not_finite_shows_in_its_sequence_alone(backend, bad, lengths):
     assert weights[0].isnan().all() and weights[1].isfinite().all()
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_token_alone_weighs_one_however_few_features_it_has(backend, width):
+    hidden = random(3, width)
+    assert token_weights(hidden, bounds([1, 1, 1])).tolist() == [1.0] * 3
+    assert reference.token_weights(hidden, bounds([1, 1, 1])).tolist() == [1.0] * 3
+    hidden[1, 0] = torch.inf
+    assert token_weights(hidden, bounds([1, 1, 1])).isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("gap", [80.0, 90.0, 101.0, 300.0])
 def test_a_weight_that_fp32_cannot_hold_has_a_logarithm(backend, crowd, gap):
     hidden = torch.cat([random(5, 64), crowd(gap), random(1, 64)])

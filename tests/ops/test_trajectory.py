@@ -98,7 +98,7 @@ def small(monkeypatch, backend):
     if backend == "triton":
         monkeypatch.setattr(importlib.import_module("mta_ds.ops.kernels.trajectory"), "BLOCK", 16)
     else:
-        monkeypatch.setattr(importlib.import_module("mta_ds.ops.trajectory"), "_BLOCK_BYTES", 2 * VOCAB * 4)
+        monkeypatch.setattr(importlib.import_module("mta_ds.ops.divergence"), "_BLOCK_BYTES", 2 * 2 * VOCAB * 4)
     return {"chunk_bytes": 1}
 
 
@@ -355,6 +355,10 @@ def test_a_gpu_agrees_and_is_not_waited_for(dtype):
     ("change", "message"),
     [
         ({"student": torch.zeros(N, 3)}, r"student and student_head: want \[n, d\] and \[V, d\]"),
+        (
+            {"student": torch.zeros(N, D_STUDENT).half(), "student_head": torch.zeros(PADDED, D_STUDENT).half()},
+            "student: gradients underflow in float16",
+        ),
         ({"teacher": torch.zeros(3, D_TEACHER)}, "teacher: want 11 positions as the student has, got 3"),
         ({"teacher": torch.zeros(N, D_TEACHER, requires_grad=True)}, "teacher: must not require grad"),
         ({"previous": (torch.zeros(3, D_STUDENT), torch.zeros(N, D_TEACHER))}, "previous: want the student's"),

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_ds.ops.divergence import Divergence
-from mta_ds.ops.kernels.launch import Specialisation
+from mta_ds.ops.kernels.launch import Specialisation, on_their_device
 
 # Eight elements of each row for a thread: 16-byte loads, enough of them in flight, and accumulators that stay in
 # registers with at least two programs on a multiprocessor.
@@ -189,6 +189,8 @@ def divergence_kernel(
 
     # sweep 3
     if gradient is not None:
+        # every thread has read its label's logit before another writes the gradient over it
+        tl.debug_barrier()
         gradient += row * vocab_size
         label = 1 - ratio
         if weights is not None:
@@ -213,6 +215,7 @@ def divergence_kernel(
             tl.store(gradient + columns, grad.to(gradient.dtype.element_ty), mask=columns < vocab_size)
 
 
+@on_their_device
 def divergence_rows(
     student: Tensor,
     teacher: Tensor | None,
@@ -256,21 +259,24 @@ def divergence_rows(
 
 
 def specialisations(width: int) -> list[Specialisation]:
-    """Every divergence as training launches it; rows are of logits, whatever the width of the states."""
+    """Every divergence as training and evaluation launch it; rows are of logits, whatever the width of the states."""
     pointers = {"student": "*fp32", "teacher": "*fp32", "targets": "*i64", "weights": "*fp32", "shares": "*fp32"}
     pointers |= {"divergences": "*fp32", "cross_entropies": "*fp32", "entropies": "*fp32", "gradient": "*bf16"}
     scalars = {"vocab_size": "i32", "share": "fp32", "ratio": "fp32"}
     names = ["sft", "fkl", "rkl", "jsd", "tvd", "skl", "srkl", "srkl detached"]
     names += ["skl of each row's α", "srkl detached of each row's α"]
+    uses = ("", ", weights and entropy", ", evaluation")
     found = []
-    for name, full, odd in itertools.product(names, (False, True), (False, True)):
+    for name, use, odd in itertools.product(names, uses, (False, True)):
+        full = "weights" in use
         constants: dict[str, Any] = {"NAME": name.partition(" ")[0], "DETACH": "detached" in name}
         constants["BLOCK"] = block_of(50_257 if odd else 50_304)
-        wanted = {"shares": "each row" in name, "weights": full, "entropies": full, "teacher": name != "sft"}
+        wanted = {"shares": "each row" in name, "weights": full, "entropies": full, "teacher": name != "sft" or full}
+        wanted["gradient"] = "evaluation" not in use
         constants |= {key: None for key, given in wanted.items() if not given}
         kinds = pointers | scalars | ({"gradient": "*fp32"} if full and odd else {})
         signature = {key: kind for key, kind in kinds.items() if key not in constants}
-        title = f"divergence {name}{', weights and entropy' if full else ''}{', odd vocabulary' if odd else ''}"
+        title = f"divergence {name}{use}{', odd vocabulary' if odd else ''}"
         sizes = ("vocab_size",) if odd else ()
         found.append(Specialisation(title, divergence_kernel, signature, constants, NUM_WARPS, 3, sizes))
     return found

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation, dot, gram_tile
+from mta_ds.ops.kernels.launch import Specialisation, dot, gram_tile, on_their_device
 from mta_ds.ops.kernels.segments import sums_within
 from mta_ds.ops.layout import TILE_ROWS, Segments
 
@@ -99,6 +99,7 @@ def _align(
     tl.store(normalisers + rows, normaliser, mask=row_mask)
 
 
+@on_their_device
 def align(
     student: Tensor, teacher: Tensor, student_inverse: Tensor, teacher_inverse: Tensor, omega: Tensor, spans: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:

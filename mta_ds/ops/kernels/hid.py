@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation, block_size
+from mta_ds.ops.kernels.launch import Specialisation, block_size, on_their_device
 
 FEATURES = 2048
 
@@ -56,6 +56,7 @@ def _distances(
         tl.store(gradient + first + features, (along * t + back * p).to(gradient.dtype.element_ty), mask=inside)
 
 
+@on_their_device
 def distances(
     projected: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -82,12 +83,14 @@ def distances(
 def specialisations(width: int) -> list[Specialisation]:
     """Every compiled form for states of this width."""
     found = []
-    for name, chosen in itertools.product(("bf16", "fp32"), (True, False)):
+    dtypes = (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16"))
+    for (student, teacher), chosen in itertools.product(dtypes, (True, False)):
         signature = {
-            "projected": "*fp32", "teacher": f"*{name}", "tokens": "*i64", "weights": "*fp32", "values": "*fp32",
-            "gradient": f"*{name}", "teacher_stride": "i32", "num_features": "i32", "first_token": "i32",
+            "projected": "*fp32", "teacher": f"*{teacher}", "tokens": "*i64", "weights": "*fp32", "values": "*fp32",
+            "gradient": f"*{student}", "teacher_stride": "i32", "num_features": "i32", "first_token": "i32",
         }  # fmt: skip
         constexprs = {"HAS_TOKENS": chosen, "FEATURES": block_size(width, FEATURES)}
-        title = f"hid {name}{'' if chosen else ', all tokens'}"
+        sides = student if student == teacher else f"{student} student, {teacher} teacher"
+        title = f"hid {sides}{'' if chosen else ', all tokens'}"
         found.append(Specialisation(title, _distances, signature, constexprs, 8, 3))
     return found

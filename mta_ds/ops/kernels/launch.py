@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Specialisation(NamedTuple):
@@ -20,6 +25,20 @@ class Specialisation(NamedTuple):
     num_stages: int
     odd: tuple[str, ...] = ()
     """Sizes that are no multiple of 16 in this form, as GPT-2's vocabulary of 50,257."""
+
+
+def on_their_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """A host function that launches where its tensors are: Triton takes the current device's stream, whatever theirs.
+
+    Its first argument is one of them. On a CPU, where kernels are interpreted, nothing changes.
+    """
+
+    @functools.wraps(launch)
+    def launched(*args: P.args, **options: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **options)
+
+    return launched
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation
+from mta_ds.ops.kernels.launch import Specialisation, on_their_device
 
 # Spans are short, sequences long: the programs of the first would idle in blocks of the second.
 SHORT, LONG = 32, 1024
@@ -57,6 +57,7 @@ def _sums_within(values, cu, sums, BLOCK: tl.constexpr):
     tl.store(sums + segment, tl.sum(total, 0))
 
 
+@on_their_device
 def softmax_within(logs: Tensor, cu: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :func:`mta_ds.ops.segments.softmax_within`; ``cu`` int64 [B + 1] beside ``logs``."""
     num_segments = len(cu) - 1
@@ -67,6 +68,7 @@ def softmax_within(logs: Tensor, cu: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return shares, sums
 
 
+@on_their_device
 def sums_within(values: Tensor, cu: Tensor) -> Tensor:
     """Σ of fp32 ``values`` [N] over each segment, [B]."""
     num_segments = len(cu) - 1

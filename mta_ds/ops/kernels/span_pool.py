@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation, block_size
+from mta_ds.ops.kernels.launch import Specialisation, block_size, on_their_device
 
 FEATURES = 1024
 
@@ -46,6 +46,7 @@ def _pool_gradient(upstream, shares, token_spans, offsets, gradient, num_feature
     tl.store(gradient + row * num_features + features, total, mask=inside)
 
 
+@on_their_device
 def pool(hidden: Tensor, shares: Tensor, spans: Tensor, offsets: Tensor) -> Tensor:
     """States fp32 [K, d] of ``spans`` int32 [K, 2], whose ``shares`` fp32 [pairs] ``offsets`` int32 [K + 1] bounds."""
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -58,6 +59,7 @@ def pool(hidden: Tensor, shares: Tensor, spans: Tensor, offsets: Tensor) -> Tens
     return states
 
 
+@on_their_device
 def pool_gradient(upstream: Tensor, shares: Tensor, token_spans: Tensor, offsets: Tensor) -> Tensor:
     """∂/∂hidden of m tokens, fp32 [m, d], from ``upstream`` [K, d]; spans int32 and shares are of pairs token by token,
     which ``offsets`` int32 [m + 1] bounds."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_ds.ops.kernels.launch import Specialisation, block_size, gram_tile, precision
+from mta_ds.ops.kernels.launch import Specialisation, block_size, gram_tile, on_their_device, precision
 from mta_ds.ops.layout import TILE_ROWS, Segments
 from mta_ds.ops.reference import STD_EPSILON
 
@@ -118,6 +118,7 @@ def _column_sums(
     tl.store(logs + rows, tl.where(length == 1, 0.0 * row_scales.to(tl.float64), log), mask=row_mask)
 
 
+@on_their_device
 def log_token_weights(hidden: Tensor, sequences: Segments) -> Tensor:
     """See :func:`mta_ds.ops.token_weights.log_token_weights`."""
     num_tokens, num_features = hidden.shape

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_ds.ops.kernels.divergence import follow, gather
-from mta_ds.ops.kernels.launch import Specialisation
+from mta_ds.ops.kernels.launch import Specialisation, on_their_device
 from mta_ds.ops.trajectory import Factors
 
 # Six log-sum-exps at once: four elements of each row for a thread, or the accumulators would leave the registers.
@@ -128,7 +128,7 @@ def trajectory_kernel(
         back = derivative_factor * cosine / tl.where(nonzero, length * length, 1.0)
         mean = along * tl.sum(their_total, 0) + back * tl.sum(total, 0)
 
-    # sweep 3
+    # sweep 3; what other threads load of these rows they have loaded before the last reduction, a barrier
     kl_factor *= inverse_temperature
     for start in range(0, vocab_size, BLOCK):
         columns = start + lanes
@@ -149,6 +149,7 @@ def trajectory_kernel(
         tl.store(gradient + columns, toward.to(gradient.dtype.element_ty), mask=inside)
 
 
+@on_their_device
 def trajectory_rows(
     student: Tensor, teacher: Tensor, num_tokens: int, factors: Factors, values: Tensor, gradient: Tensor
 ) -> None:
@@ -180,17 +181,17 @@ def trajectory_rows(
 def specialisations(width: int) -> list[Specialisation]:
     """A first key layer and a later one; rows are of logits, whatever the width of the states."""
     signature = {"student": "*fp32", "teacher": "*fp32", "divergences": "*fp32", "derivatives": "*fp32"}
-    signature |= {"gradient": "*bf16", "vocab_size": "i32"}
+    signature |= {"vocab_size": "i32"}
     signature |= dict.fromkeys(("inverse_temperature", "kl_factor", "derivative_factor"), "fp32")
     return [
         Specialisation(
-            f"trajectory {'later' if later else 'first'} key layer{', odd vocabulary' if odd else ''}",
+            f"trajectory {'later' if later else 'first'} key layer, {name} gradient{', odd vocabulary' if odd else ''}",
             trajectory_kernel,
-            signature,
+            signature | {"gradient": f"*{name}"},
             {"HAS_PREVIOUS": later, "BLOCK": BLOCK},
             NUM_WARPS,
             3,
             ("vocab_size",) if odd else (),
         )
-        for later, odd in itertools.product((False, True), (False, True))
+        for later, odd, name in itertools.product((False, True), (False, True), ("bf16", "fp32"))
     ]
