@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -104,6 +105,7 @@ def parse(
     from mta_ds.spans.parse import merge_only, recorded_inputs, resolve_config
     from mta_ds.spans.parse import parse as run
 
+    output = Path(os.path.expanduser(output)) if output is not None else None
     options = {
         "inputs": inputs or None,
         "output": output,
@@ -112,6 +114,12 @@ def parse(
         "max_reject_share": max_reject_share,
         "workers": workers,
     }
+    of_parsing = {"--parser": parser, "--num-shards": num_shards, "--shard-index": shard_index, "--workers": workers}
+    if status:
+        others = {"--input": inputs or None, "--max-reject-share": max_reject_share, "--report": report}
+        _refuse_options("--status", {**of_parsing, **others, "--merge": merge or None})
+    elif merge:
+        _refuse_options("--merge", of_parsing)
     if status and config is None and output is not None:
         print(store_status(output))
         return
@@ -300,6 +308,13 @@ def demo(
     from mta_ds.demo import demo as run
 
     run(run_dir, nproc, steps, method)
+
+
+def _refuse_options(of: str, given: Mapping[str, object]) -> None:
+    """Whoever gives an option that does nothing expects something else of the command."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"mta-ds parse {of}: {name} would do nothing there; leave it out")
 
 
 def _launch(command: str, config: Path, overrides: list[str] | None, nproc: int) -> None:

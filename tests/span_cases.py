@@ -106,6 +106,7 @@ def _run_until_rename(config: ParseConfig, number: int, before: bool) -> None:
 
 def write_rows(path: Path, rows: Sequence[Any]) -> str:
     """A JSONL file of rows, of which a string goes as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 

@@ -2,7 +2,7 @@
 
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Batch, Counts, Example, Spans, collate, total
 from mta_ds.data.dataset import DatasetSummary, EncodedDataset, build_dataset
-from mta_ds.data.encode import DataConfig, Dropped, encode, encode_prompt
+from mta_ds.data.encode import DataConfig, Dropped, encode, encode_prompt, whole_prompt
 from mta_ds.data.loader import StepLoader, grouped_order, pad_share, sample_order
 from mta_ds.data.project import project
 from mta_ds.data.responses import PairCounts, answered, paired, to_line, write_pairs
@@ -21,7 +21,7 @@ from mta_ds.spans.records import (
     read_records,
     read_rows,
 )
-from mta_ds.spans.store import Manifest, SpanStore, Units, check_part, part_name, read_manifest
+from mta_ds.spans.store import Manifest, SpanStore, Units, check_part, part_name, read_batches, read_manifest
 
 __all__ = [
     "GENERATION",
@@ -64,6 +64,7 @@ __all__ = [
     "parse_row",
     "part_name",
     "project",
+    "read_batches",
     "read_inputs",
     "read_manifest",
     "read_paces",
@@ -75,5 +76,6 @@ __all__ = [
     "sample_order",
     "to_line",
     "total",
+    "whole_prompt",
     "write_pairs",
 ]

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,15 @@ from pydantic import Field
 
 from mta_ds.config import Section
 from mta_ds.data.collate import GRANULARITIES, IGNORED, Example
-from mta_ds.data.encode import DataConfig, Dropped, encode_parts
+from mta_ds.data.encode import DataConfig, Dropped, Lookup, encode_parts, encode_question
 from mta_ds.data.template import Half, changed_fields, render
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, sha256, write_atomic
 from mta_ds.spans.records import Record, Reject, local_files, read_records
 from mta_ds.spans.store import SpanStore
+
+Kind = Literal["responses", "pairs", "prompts"]
+"""What of a record is encoded: a response with its prompt, both of a preference, or a prompt alone."""
 
 _FORMAT = 6  # raise it when encoding changes: older caches are then passed over
 _ROWS_PER_BATCH = 1024
@@ -113,12 +116,14 @@ def build_dataset(
     store: SpanStore | None,
     cache_dir: Path,
     pairs: bool = False,
+    prompts_only: bool = False,
 ) -> EncodedDataset:
     """Encode the records of ``inputs``, or open what an earlier call with the same content has encoded.
 
     Args:
         pairs: encode both responses of preference records; a record is dropped whole if either has to be. Otherwise
             such a record is its prompt and the chosen response.
+        prompts_only: encode the prompts, with or without a response, for models that will answer them; no spans.
 
     Raises:
         UserError: a bad row, two records of one id, a store parsed from other text or without a record, no record
@@ -126,22 +131,21 @@ def build_dataset(
     """
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, without character offsets; spans need a fast tokenizer")
-    folder = cache_dir / f"examples-{_fingerprint(inputs, config, tokenizer, store, pairs)}"
+    kind: Kind = "pairs" if pairs else "prompts" if prompts_only else "responses"
+    folder = cache_dir / f"examples-{_fingerprint(inputs, config, tokenizer, store, kind)}"
     if not folder.is_dir():
         with atomic_folder(folder, keep_existing=True) as temporary:
-            summary = _write(temporary / "examples.arrow", inputs, config, tokenizer, store, pairs)
+            summary = _write(temporary / "examples.arrow", inputs, config, tokenizer, store, kind)
             write_atomic(temporary / "summary.json", summary.model_dump_json(indent=1))
     return EncodedDataset(folder)
 
 
-def _fingerprint(
-    inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, pairs: bool
-) -> str:
+def _fingerprint(inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, kind: Kind) -> str:
     """Hash of everything that the examples depend on."""
     files = [[f"{file} {sha256(file)}" for file in local_files(source)] or [source] for source in inputs]
     content = {
         "format": _FORMAT,
-        "pairs": pairs,
+        "kind": kind,
         "files": files,
         "config": config.model_dump(mode="json", exclude={"train", "validation", "spans"}),
         "tokenizer": [
@@ -156,7 +160,7 @@ def _fingerprint(
 
 
 def _write(
-    path: Path, inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, pairs: bool
+    path: Path, inputs: Sequence[str], config: DataConfig, tokenizer: Any, store: SpanStore | None, kind: Kind
 ) -> DatasetSummary:
     dropped: Counter[str] = Counter()
     tally: Counter[str] = Counter()
@@ -164,14 +168,13 @@ def _write(
     lookup = store.units if store else None
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
         for record in _records(inputs):
-            rendered = [render(record, config.template, tokenizer, half=half) for half in _halves(record, pairs)]
-            group = [encode_parts(record, parts, config, tokenizer, lookup) for parts in rendered]
+            group, num_changed = _encode(record, config, tokenizer, lookup, kind)
             examples = [example for example in group if isinstance(example, Example)]
             if len(examples) < len(group):
                 dropped[next(example.reason for example in group if isinstance(example, Dropped))] += 1
                 continue
             _count(examples, tally)
-            tally["changed_fields"] += changed_fields(record, [part for parts in rendered for part in parts], pairs)
+            tally["changed_fields"] += num_changed
             rows += examples
             if len(rows) >= _ROWS_PER_BATCH:
                 writer.write_batch(_to_batch(rows))
@@ -181,7 +184,19 @@ def _write(
     if not tally["records"]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items()) or "the input is empty"
         raise UserError(f"{', '.join(inputs)}: no records left to train or evaluate on ({reasons})")
-    return DatasetSummary(dropped=dict(dropped), group=2 if pairs else 1, **tally)
+    return DatasetSummary(dropped=dict(dropped), group=2 if kind == "pairs" else 1, **tally)
+
+
+def _encode(
+    record: Record, config: DataConfig, tokenizer: Any, lookup: Lookup | None, kind: Kind
+) -> tuple[list[Example | Dropped], int]:
+    """The examples of a record, or why it has none; and the number of its fields that the template changed."""
+    if kind == "prompts":
+        return [encode_question(record, config, tokenizer)], 0
+    is_pair = kind == "pairs"
+    rendered = [render(record, config.template, tokenizer, half=half) for half in _halves(record, is_pair)]
+    group = [encode_parts(record, parts, config, tokenizer, lookup) for parts in rendered]
+    return group, changed_fields(record, [part for parts in rendered for part in parts], is_pair)
 
 
 def _halves(record: Record, pairs: bool) -> tuple[Half, ...]:

@@ -29,7 +29,7 @@ class DataConfig(Section):
     """Record files, folders, globs or ``datasets`` names."""
     validation: tuple[str, ...] = ()
     spans: Path | None = None
-    """Span store of both; may be left out with MTA off."""
+    """Span store of the training records; may be left out with MTA off."""
     template: Template = "minillm"
     max_length: int = Field(default=512, ge=2)
     """Tokens of a sequence; the rest is cut off."""
@@ -92,6 +92,18 @@ def encode_parts(
     return _cut(record, config.max_length, tokens, prompt_length)
 
 
+def encode_question(record: Record, config: DataConfig, tokenizer: Any) -> Example | Dropped:
+    """A record's prompt alone, without labels or spans: one that models will answer."""
+    prompt = whole_prompt(record, config, tokenizer)
+    if not prompt:
+        return Dropped("without a prompt")
+    if len(prompt) > config.max_prompt_length and config.long_prompts == "drop":
+        return Dropped("with a prompt over max_prompt_length")
+    ids = np.array(prompt[: config.max_prompt_length], dtype=np.int32)
+    spans = {granularity: np.zeros((0, 2), dtype=np.int32) for granularity in GRANULARITIES}
+    return Example(record.id, ids, np.full_like(ids, IGNORED), spans, len(ids))
+
+
 def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[int]:
     """The ids a model is asked to continue: the first ``max_prompt_length`` of what stands before the last response.
 
@@ -99,10 +111,16 @@ def encode_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[in
     opens a thought which the template then strips). A conversation is cut here as well: what is generated needs its
     room.
     """
+    return whole_prompt(record, config, tokenizer)[: config.max_prompt_length]
+
+
+def whole_prompt(record: Record, config: DataConfig, tokenizer: Any) -> list[int]:
+    """The ids of what stands before the last response, however many; none for a record of text alone."""
+    if record.format == "text":
+        return []
     (part,) = render(record, config.template, tokenizer, with_response=False)
     ids, _ = _opening(part, tokenizer)
-    ids += tokenizer(part.text, add_special_tokens=False)["input_ids"]
-    return ids[: config.max_prompt_length]
+    return [*ids, *tokenizer(part.text, add_special_tokens=False)["input_ids"]]
 
 
 def _insist_on_a_response(record: Record, last: Part) -> None:

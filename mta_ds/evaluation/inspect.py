@@ -13,13 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 
 from mta_ds.data import Manifest, Record, SpanStore, UnitConfig, choose, input_files, read_inputs, read_records
 from mta_ds.errors import UserError, printable
 from mta_ds.evaluation.page import render_page
-from mta_ds.evaluation.tree import Node, ParsedExample, sentence_nodes, trees
+from mta_ds.evaluation.tree import Node, ParsedExample, marked_text, sentence_nodes, trees
 from mta_ds.evaluation.weights import RecordWeights, Token
 from mta_ds.files import write_atomic
 
@@ -76,12 +77,12 @@ def describe(inspection: Inspection, weights: RecordWeights | None = None) -> st
     """The record for a terminal: trees sentence by sentence, chosen units, and the heaviest tokens."""
     lines = []
     for name, example in inspection.fields:
-        bounds = example.units.sentences.tolist()
-        number = len(bounds) - 1
+        number = len(example.units.sentences) - 1
         title = f"{inspection.record.id} · {name} · {number} sentence{'s' if number != 1 else ''}"
         lines += [title, ""]
-        for number, (first, last) in enumerate(pairwise(bounds), 1):
-            lines += _describe_sentence(example, number, first, last)
+        bounds = pairwise(example.units.sentences.tolist())
+        for number, (where, nodes) in enumerate(zip(bounds, sentence_nodes(example), strict=True), 1):
+            lines += _describe_sentence(example, number, where, nodes)
     if weights is not None:
         lines += _describe_weights(weights)
     return "\n".join(printable(line).rstrip() for line in lines).rstrip()
@@ -180,16 +181,17 @@ class _Nearest:
         return f"; did you mean '{self._name}'?" if self._name else ""
 
 
-def _describe_sentence(example: ParsedExample, number: int, first: int, last: int) -> list[str]:
+def _describe_sentence(example: ParsedExample, number: int, where: tuple[int, int], nodes: Sequence[Node]) -> list[str]:
+    first, last = where
     if first == last:
         return []
     start, end = (int(example.units.words[first, 0]), int(example.units.words[last - 1, 1]))
     lines = [f"{number}  {_one_line(example.text[start:end])}", ""]
-    nodes = sentence_nodes(example, first, last)
     for node in nodes:
         lines += [f"   {line}" for line in _tree_lines(node)]
     for name, ranges in (("phrases", example.phrases), ("words", example.words)):
-        inside = [example.text[s:e] for s, e in ranges.tolist() if start <= s and e <= end]
+        low, high = np.searchsorted(ranges[:, 0], (start, end))  # they are in reading order
+        inside = [example.text[s:e] for s, e in ranges[low:high].tolist() if e <= end]
         lines.append(f"   {name + ':':9}{' | '.join(map(_one_line, inside)) or '(none)'}")
     return [*lines, ""]
 
@@ -238,14 +240,13 @@ def _page_field(field: InspectedField, weights: RecordWeights | None) -> _PageFi
     example = field.example
     ranges = _constituent_ranges(example)
     phrases = set(map(tuple, example.phrases.tolist()))
-    chosen = [where in phrases for where in ranges]
-    columns = zip(example.units.labels, example.units.constituents[:, 2].tolist(), chosen, strict=True)
-    described = [{"labels": label.split("::"), "height": height, "chosen": c} for label, height, c in columns]
+    columns = zip(example.units.labels, example.units.constituents[:, 2].tolist(), ranges, strict=True)
+    described = [{"labels": label.split("::"), "height": h, "chosen": where in phrases} for label, h, where in columns]
     tokens = [token for token in weights.tokens if token.field == field.name] if weights else []
     return _PageField(
         field.name,
         json.dumps(described),
-        Markup("").join(_marked_pieces(example, ranges, chosen)),
+        marked_text(example, ranges),
         Markup("").join(_shaded_pieces(example.text, tokens, weights) if weights else ()),
         list(zip(_sentence_texts(example), trees(example), strict=True)),
     )
@@ -260,27 +261,6 @@ def _sentence_texts(example: ParsedExample) -> list[str]:
     words = example.units.words.tolist()
     bounds = pairwise(example.units.sentences.tolist())
     return [example.text[words[first][0] : words[last - 1][1]] for first, last in bounds if last > first]
-
-
-def _marked_pieces(
-    example: ParsedExample, ranges: Sequence[tuple[int, int]], chosen: Sequence[bool]
-) -> Iterator[Markup]:
-    """The text cut at every word's edge; a piece knows the constituents over it and begins with the chosen marked."""
-    word_starts = {int(start) for start, _ in example.words.tolist()}
-    edges = sorted({0, len(example.text), *example.units.words.reshape(-1).tolist()})
-    position = {edge: i for i, edge in enumerate(edges)}
-    covers: list[list[int]] = [[] for _ in edges[1:]]
-    for index, (start, end) in enumerate(ranges):
-        for piece in range(position[start], position[end]):
-            covers[piece].append(index)
-    for piece, (start, end) in enumerate(pairwise(edges)):
-        own = [i for i in covers[piece] if chosen[i]]
-        classes = ["phrase", f"depth-{min(len(own), 3)}"] * (len(own) > 0)
-        classes += ["opens"] * any(ranges[i][0] == start for i in own)
-        classes += ["closes"] * any(ranges[i][1] == end for i in own) + ["word"] * (start in word_starts)
-        yield Markup('<span class="{}" data-c="{}">{}</span>').format(
-            " ".join(classes), " ".join(map(str, covers[piece])), example.text[start:end]
-        )
 
 
 def _shaded_pieces(text: str, tokens: Iterable[Token], weights: RecordWeights) -> Iterator[Markup]:

@@ -1,7 +1,7 @@
 """A page about a whole span store: lengths, labels, heights, coverage, counts, and why rows were rejected.
 
-The parts are read column by column, one batch of a row group at a time; what is kept is counts, so memory does not grow
-with the store.
+The parts are read column by column, rows of one row group at a time, which ends after so many words; what is kept is
+counts. So memory grows neither with the store nor with the length of its records.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mta_ds.data import Manifest, Pace, UnitConfig, Units, check_part, choose, read_manifest, read_paces
+from mta_ds.data import (
+    Manifest,
+    Pace,
+    UnitConfig,
+    Units,
+    check_part,
+    choose,
+    read_batches,
+    read_manifest,
+    read_paces,
+)
 from mta_ds.errors import UserError
 from mta_ds.evaluation.charts import Chart, Line, histogram, line_chart, ranking
 from mta_ds.evaluation.page import render_page
@@ -100,7 +109,7 @@ def read_statistics(store: Path, manifest: Manifest, units: UnitConfig) -> Store
     for part in manifest.parts:
         check_part(store, part, full=False)
         try:
-            for batch in pq.ParquetFile(store / part.file).iter_batches(_ROWS_PER_BATCH, columns=_COLUMNS):
+            for batch in read_batches(store / part.file, _ROWS_PER_BATCH, _COLUMNS):
                 _count(batch, statistics, units)
         except (OSError, pa.ArrowException):
             raise UserError(f"{store / part.file}: part is damaged; remove it and run 'mta-ds parse' again") from None

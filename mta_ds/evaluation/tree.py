@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -44,61 +44,99 @@ class Node:
     tag: str = ""
 
 
-def marked_text(example: ParsedExample) -> Markup:
+def marked_text(example: ParsedExample, constituents: Sequence[Range] | None = None) -> Markup:
     """The text as HTML; chosen phrases are ``span.phrase``, chosen words ``span.word``.
 
     Ranges may nest or even cross: the text is cut at every edge, and each piece carries the classes of all that
     covers it.
+
+    Args:
+        constituents: where given, each piece tells in ``data-c`` the positions of those over it, for a page's filters.
     """
-    phrases, words = _ranges(example.text, example.phrases), _ranges(example.text, example.words)
-    opening, closing = Counter(start for start, _ in phrases), Counter(end for _, end in phrases)
-    words_at = Counter(start for start, _ in words)
-    words_at.subtract(end for _, end in words)
-    edges = sorted({0, len(example.text), *(edge for unit in phrases | words for edge in unit)})
-    pieces, depth, num_words = [], 0, 0
-    for start, end in pairwise(edges):
-        depth += opening[start] - closing[start]
-        num_words += words_at[start]
-        classes = ["phrase", f"depth-{min(depth, 3)}"] * (depth > 0)
-        classes += ["opens"] * (opening[start] > 0) + ["closes"] * (closing[end] > 0) + ["word"] * (num_words > 0)
-        pieces.append(_piece(example.text[start:end], classes))
+    phrases, words = sorted(_ranges(example.text, example.phrases)), sorted(_ranges(example.text, example.words))
+    ranges = [*phrases, *words, *(constituents or ())]
+    first_word, first_constituent = len(phrases), len(phrases) + len(words)
+    pieces = []
+    for start, end, over in _pieces(len(example.text), ranges):
+        marking = [ranges[i] for i in over if i < first_word]
+        in_word = any(first_word <= i < first_constituent for i in over)
+        classes = _classes(start, end, marking, in_word)
+        attributes = {"class": " ".join(classes)} if classes or constituents is not None else {}
+        if constituents is not None:
+            attributes["data-c"] = " ".join(str(i - first_constituent) for i in over if i >= first_constituent)
+        pieces.append(_piece(example.text[start:end], attributes))
     return Markup("").join(pieces)
 
 
 def trees(example: ParsedExample, max_sentences: int | None = None) -> list[Markup]:
     """One SVG for each of the first sentences, or of all; chosen constituents and words are filled."""
-    bounds = example.units.sentences.tolist()
-    shown = islice(pairwise(bounds), max_sentences)
-    return [_draw(sentence_nodes(example, start, end)) for start, end in shown if end > start]
+    shown = islice(sentence_nodes(example), max_sentences)
+    return [_draw(nodes) for nodes in shown if nodes]
 
 
-def sentence_nodes(example: ParsedExample, first: int, last: int) -> list[Node]:
-    """The top nodes of the sentence of words ``first`` to ``last``.
+def sentence_nodes(example: ParsedExample) -> Iterator[list[Node]]:
+    """The top nodes of each sentence, none of one without words.
 
     Constituents are laid over the words they cover, each centred over its children.
     """
     units, text = example.units, example.text
     words, phrases = _ranges(text, example.words), _ranges(text, example.phrases)
-    ranges = [(int(start), int(end)) for start, end in units.words[first:last].tolist()]
-    constituents = zip(units.constituents.tolist(), (label.replace("::", "·") for label in units.labels), strict=True)
-    inside = [(s - first, e - first, h, label) for (s, e, h), label in constituents if first <= s and e <= last]
-    above = {start: label for start, end, _, label in inside if end == start + 1}
-    row = _leaves(text, ranges, units.tags[first:last], above, words)
+    # in the order of their starts: a sentence's own stand together
+    bounds = np.searchsorted(units.constituents[:, 0], units.sentences).tolist()
+    for (first, last), own in zip(pairwise(units.sentences.tolist()), pairwise(bounds), strict=True):
+        ranges = [(int(start), int(end)) for start, end in units.words[first:last].tolist()]
+        constituents = zip(units.constituents[slice(*own)].tolist(), units.labels[slice(*own)], strict=True)
+        inside = [(s - first, e - first, h, label.replace("::", "·")) for (s, e, h), label in constituents]
+        above = {start: label for start, end, _, label in inside if end == start + 1}
+        row = _leaves(text, ranges, units.tags[first:last], above, words)
+        yield _lay_over(row, inside, ranges, text, phrases)
+
+
+def _lay_over(
+    row: Sequence[Node],
+    constituents: Iterable[tuple[int, int, int, str]],
+    ranges: Sequence[Range],
+    text: str,
+    chosen: set[Range],
+) -> list[Node]:
+    """The top nodes over a row of words, where ``constituents`` are (start word, end word, height, label)."""
     # cover[i] is the topmost node over word i so far; going up by height, it becomes a child of the next one over it.
-    cover: list[Node] = list(row)
-    for start, end, height, label in sorted(inside, key=lambda constituent: constituent[2]):
+    cover = list(row)
+    for start, end, height, label in sorted(constituents, key=lambda constituent: constituent[2]):
         children = tuple(dict.fromkeys(cover[start:end]))
         x = (children[0].x + children[-1].x) / 2
         where = (ranges[start][0], ranges[end - 1][1])
-        node = Node(label, height, x, where in phrases, text[slice(*where)], children)
+        node = Node(label, height, x, where in chosen, text[slice(*where)], children)
         cover[start:end] = [node] * (end - start)
     return list(dict.fromkeys(cover))
 
 
-def _piece(text: str, classes: Sequence[str]) -> Markup:
-    if not classes:
+def _pieces(length: int, ranges: Sequence[Range]) -> Iterator[tuple[int, int, list[int]]]:
+    """Where a text is cut at every edge of some ranges: start, end, and the numbers of those over the piece."""
+    opening: defaultdict[int, list[int]] = defaultdict(list)
+    closing: defaultdict[int, list[int]] = defaultdict(list)
+    for number, (start, end) in enumerate(ranges):
+        opening[start].append(number)
+        closing[end].append(number)
+    over: set[int] = set()
+    for start, end in pairwise(sorted({0, length, *opening, *closing})):
+        over.update(opening[start])
+        over.difference_update(closing[start])
+        yield start, end, sorted(over)
+
+
+def _classes(start: int, end: int, phrases: Sequence[Range], in_word: bool) -> list[str]:
+    """How a piece with some chosen phrases over it is drawn."""
+    classes = ["phrase", f"depth-{min(len(phrases), 3)}"] * (len(phrases) > 0)
+    classes += ["opens"] * any(first == start for first, _ in phrases)
+    return classes + ["closes"] * any(last == end for _, last in phrases) + ["word"] * in_word
+
+
+def _piece(text: str, attributes: Mapping[str, str]) -> Markup:
+    if not attributes:
         return escape(text)
-    return Markup('<span class="{}">{}</span>').format(" ".join(classes), text)
+    told = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in attributes.items())
+    return Markup("<span{}>{}</span>").format(told, text)
 
 
 def _ranges(text: str, units: np.ndarray) -> set[Range]:

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from benepar.integrations.spacy_plugin import SentenceWrapper
 from benepar.parse_chart import ChartParser
 from numpy.typing import NDArray
+
+from mta_ds.spans.decode import compiled
 
 _NORMALIZED: dict[str, str] = SentenceWrapper.TEXT_NORMALIZATION_MAPPING
 
@@ -69,10 +70,11 @@ class SentenceEncoder:
         """Whether the model can take the sentence: each word has a sub-word, and all fit into its positions."""
         if not words or any(not word or word.isspace() for word in words):
             return False
-        return self._clearly_fits(words) or self.takes(self.encode([(words, space_after)])[0])
+        normalized = [_NORMALIZED.get(word, word) for word in words]
+        return self._clearly_fits(normalized) or self.takes(self.encode([(words, space_after)])[0])
 
     def _clearly_fits(self, words: Sequence[str]) -> bool:
-        """Whether plain words are so few that it can be told without the tokenizer."""
+        """Whether plain words (normalised ones) are so few that it can be told without the tokenizer."""
         if self._characters or len(words) > self._max_words:
             return False
         # A sub-word has at least one character, or stands for the space before a word.
@@ -153,7 +155,7 @@ def _pad(rows: Sequence[Sequence[int] | NDArray[np.int64]], value: int, left: bo
     return torch.from_numpy(padded)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _last_subwords(offsets, starts, ends):  # type: ignore[no-untyped-def]
     """For each word the sub-word that stands for it, or -1 where it has none: int64 [words].
 

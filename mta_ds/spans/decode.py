@@ -11,8 +11,8 @@ where cell (i, j) is the span of words i to j, both included. B sentences, M cel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -31,9 +31,12 @@ class Constituent(NamedTuple):
     height: int
 
 
-def num_cells(length: int) -> int:
-    """Cells in the packed chart of ``length`` words."""
-    return length * (length + 1) // 2
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function as machine code, which is kept for other processes where numba finds a folder to write to."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither the package's folder, nor the user's, nor one that NUMBA_CACHE_DIR names
+        return numba.njit(nogil=True)(function)
 
 
 def decode(
@@ -71,7 +74,7 @@ def most_likely_cells(
     return first_cells[sentences] + rows + ends - 1 - starts, sentences
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _decode_batch(scores, labels, lengths, visible):  # type: ignore[no-untyped-def]
     """Every sentence's constituents, concatenated: bounds [B+1], starts, ends, labels, heights [K]."""
     # A binary tree of n words has 2n - 1 nodes.
@@ -98,7 +101,7 @@ def _decode_batch(scores, labels, lengths, visible):  # type: ignore[no-untyped-
     return bounds, starts[:total], ends[:total], found[:total], heights[:total]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _fill_chart(scores, length, inside, mirror, split):  # type: ignore[no-untyped-def]
     """inside[i, j] = score of the best tree over words i..j; split[i, j] = last word of its left part."""
     cell = 0
@@ -119,7 +122,7 @@ def _fill_chart(scores, length, inside, mirror, split):  # type: ignore[no-untyp
             split[i, j] = where
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _walk(labels, length, split, visible, first, starts, ends, found, heights):  # type: ignore[no-untyped-def]
     """Write the visible constituents of one tree in pre-order from row ``first``; returns the row after the last."""
     stack = np.empty((2 * length, 3), np.int64)
@@ -148,7 +151,7 @@ def _walk(labels, length, split, visible, first, starts, ends, found, heights): 
     return row
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def span_fenceposts(lengths, stride):  # type: ignore[no-untyped-def]
     """Left and right fencepost of every cell of the packed charts, int64 [M] each.
 

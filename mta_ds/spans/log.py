@@ -4,6 +4,7 @@ It lies in the store's folder ``log``; all other files are the same bytes whenev
 packages on one type of CPU.
 
     log/inputs.json                  the inputs of the last run, paths from the root
+    log/digests.json                 hashes of their files, see identity.py
     log/part-00000-of-00064.jsonl    records over time while that part was made
 """
 

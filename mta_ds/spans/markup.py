@@ -34,7 +34,8 @@ _CODE = re.compile(
 _BAR = re.compile(r"(?<!\\)\|")
 _OUTER_BARS = re.compile(r"\s*(?:>\s*)*\|.*\|\s*$", re.DOTALL)
 _ASIDE = re.compile(r"`[^`\n]*`|\([^()\n]*\)")  # a bar inside is no edge of a cell
-_TABLE_RULE = re.compile(r"[\s>]*(?=[^|]*\|)(?=[^-]*-)\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
+_QUOTES = re.compile(r"\A[\s>]+")
+_RULE_CELL = re.compile(r":?-+:?")
 _GRID_RULE = re.compile(r"\s*\+[-=+:]+\+\s*$")
 _WORD = re.compile(r"[^\W\d_]{3}")
 _SHORT_RULE = 3  # signs without any digit that make a rule
@@ -90,7 +91,7 @@ def _mark_tables(lines: Sequence[str], marks: list[bool]) -> None:
 
 def _tables(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Ranges of table rows among consecutive lines that have bars."""
-    rule = next((n for n, line in enumerate(lines) if _TABLE_RULE.match(line)), None)
+    rule = next((n for n, line in enumerate(lines) if _is_table_rule(line)), None)
     if rule is not None and len(lines) > 1:
         yield max(rule - 1, 0), len(lines)
         lines = lines[: max(rule - 1, 0)]
@@ -100,6 +101,13 @@ def _tables(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
             if number - start > 1:
                 yield start, number
             start = number + 1
+
+
+def _is_table_rule(line: str) -> bool:
+    """|---|:-:| with or without the bars at its ends, but with one at least; quoted or not."""
+    body = _QUOTES.sub("", line).rstrip()
+    cells = body.removeprefix("|").removesuffix("|").split("|")
+    return "|" in body and all(_RULE_CELL.fullmatch(cell.strip()) for cell in cells)
 
 
 def _is_row(line: str) -> bool:

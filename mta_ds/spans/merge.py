@@ -205,6 +205,7 @@ def _find_duplicates(output: Path, inputs: Sequence[str], parts: Sequence[Part],
     repeated = differing = 0
     with scratch_folder(output / "merge") as folder, closing(sqlite3.connect(folder / "ids")) as ids:
         ids.execute("PRAGMA journal_mode=OFF")
+        ids.execute("PRAGMA cache_size=-262144")  # KiB: ids come in any order, and each would read from the disk
         ids.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, content BLOB, conflict INTEGER) WITHOUT ROWID")
         for record_id, content in _contents(output, parts):
             key = record_id.encode()

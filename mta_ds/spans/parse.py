@@ -11,23 +11,22 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 from pydantic import Field as Setting
 
 from mta_ds.config import Section, load, validate
 from mta_ds.errors import UsageError, UserError
-from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.spans.identity import claim_store, fingerprint_inputs, read_identity
+from mta_ds.files import atomic_path, fsync_file, sha256, write_atomic
+from mta_ds.spans.identity import InputDigests, claim_store, read_identity
 from mta_ds.spans.log import Progress, read_inputs, write_inputs
 from mta_ds.spans.merge import complete_part, merge, missing_parts, reject_log
-from mta_ds.spans.parser import BF16, best_device, load_parser
+from mta_ds.spans.parser import best_device, load_parser
 from mta_ds.spans.pool import Parsing, open_pool, share_memory_pool
-from mta_ds.spans.records import Record, Reject, may_follow, read_records
+from mta_ds.spans.records import Record, Reject, local_files, may_follow, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
 from mta_ds.spans.segment import SEGMENTATION
 from mta_ds.spans.store import (
@@ -53,7 +52,7 @@ class ParseConfig(Section):
 
     inputs: tuple[str, ...] = Setting(min_length=1)
     """Files, folders, globs or ``datasets`` names."""
-    output: Path
+    output: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
     """The store's folder."""
     parser: str | None = None
     """A Benepar model's path (in bf16 with ``bf16:`` before it), ``spacy:MODEL`` or "none"; None: the bundled model."""
@@ -100,24 +99,24 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
         raise UsageError(
             f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
         )
-    _refuse_output_in_input(config)
+    _refuse_records_in_output(config)
     share_memory_pool()
-    device = best_device()
-    if device == "cpu" and (config.parser or "").startswith(BF16) and not torch.cpu._is_avx512_bf16_supported():
-        raise UserError(f"parser: {BF16} this CPU multiplies bf16 over a hundred times slower than fp32; leave it out")
+    device = best_device(config.parser)
     parser = load_parser(config.parser, device)
+    digests = InputDigests(config.output)
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
     identity = Identity(
         schema_version=SCHEMA_VERSION,
         segmentation=SEGMENTATION,
         parser=info,
         num_shards=config.num_shards,
-        inputs=fingerprint_inputs(config.inputs),
+        inputs=digests.fingerprint(config.inputs),
         max_record_bytes=config.max_record_bytes,
     )
     try:
         claim_store(config.output, identity)
         write_inputs(config.output, config.inputs)
+        digests.write()
     except OSError as error:
         raise UserError(f"{config.output}: cannot write the span store: {error.strerror or error}") from None
     wanted = range(config.num_shards) if shard_index is None else (shard_index,)
@@ -136,7 +135,7 @@ def merge_only(config: ParseConfig) -> Manifest:
             are bad.
     """
     identity = read_identity(config.output)
-    if fingerprint_inputs(config.inputs) != identity.inputs:
+    if InputDigests(config.output).fingerprint(config.inputs) != identity.inputs:
         raise UserError(f"{', '.join(config.inputs)}: not what {config.output} was parsed from, or no more as it was")
     manifest = merge(config.output, config.inputs, identity.num_shards, config.max_reject_share)
     if manifest is None:
@@ -156,10 +155,19 @@ def recorded_inputs(output: Path) -> list[str]:
     return inputs
 
 
-def _refuse_output_in_input(config: ParseConfig) -> None:
+def _refuse_records_in_output(config: ParseConfig) -> None:
+    """A store is never input: records that a folder or glob finds where it is to be would not be read from then on."""
+    output = config.output.resolve()
     for source in config.inputs:
-        if os.path.isdir(source) and config.output.resolve().is_relative_to(Path(source).resolve()):
-            raise UsageError(f"{config.output}: lies in the input folder {source}, and would be read as records")
+        if os.path.isfile(os.path.expanduser(source)):
+            continue  # named itself, it is read wherever it lies
+        for folder in {file.parent for file in local_files(source)}:
+            if folder.resolve().is_relative_to(output):
+                raise UsageError(f"{config.output}: holds records of the input {source}; choose another output")
+
+
+class _Overtaken(Exception):
+    """Another task has finished the part meanwhile."""
 
 
 def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: int) -> None:
@@ -176,11 +184,14 @@ def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: in
         with (
             reject_log(config.output / f"rejects-{name.removeprefix('part-')}.jsonl") as reject,
             atomic_path(path) as temporary,
-            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
         ):
             parsed = pool.map(batches(_fields(progress.read(records), reject, tally, starts)))
-            for table in _row_groups(progress.done(parsed), tally):
-                writer.write_table(table.replace_schema_metadata(metadata))
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for table in _row_groups(progress.done(parsed), tally):
+                    writer.write_table(table.replace_schema_metadata(metadata))
+            fsync_file(temporary)  # before the look, since it takes long
+            if complete_part(config.output, index, config.num_shards) is not None:
+                raise _Overtaken
         progress.write()
         part = Part(
             file=path.name,
@@ -190,6 +201,8 @@ def _parse_shard(config: ParseConfig, pool: Parsing, info: ParserInfo, index: in
             record_starts=tuple(starts),
         )
         write_atomic(path.with_suffix(".json"), part.model_dump_json(indent=1) + "\n")
+    except _Overtaken:
+        return  # its bytes may be others, from another type of CPU, and its hash is told already
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror or error}") from None
     finally:

@@ -7,6 +7,7 @@ sentences it is handed, scores each fencepost once instead of each span, and dec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -80,9 +81,12 @@ class Parser(Protocol):
         """Parse any number of sentences, each of which fits; results in their order."""
 
 
-def best_device() -> str:
-    """Where a parser of its own process runs: "cuda" if there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def best_device(spec: str | None) -> str:
+    """Where the parser that a user names runs in the parse stage: a Benepar model on a GPU if there is one ("cuda")."""
+    from mta_ds.spans import spacy_parser
+
+    is_benepar = spec != WORDS_ONLY and not (spec or "").startswith(spacy_parser.PREFIX)
+    return "cuda" if is_benepar and torch.cuda.is_available() else "cpu"
 
 
 def load_parser(spec: str | None, device: str = "cpu") -> Parser:
@@ -97,7 +101,7 @@ def load_parser(spec: str | None, device: str = "cpu") -> Parser:
         device: where a Benepar model runs: "cpu" or "cuda"; the others know the CPU only.
 
     Raises:
-        UserError: nothing is there, or it is no model that can be loaded safely.
+        UserError: nothing is there, it is no model that can be loaded safely, or the CPU has no fast bf16.
     """
     from mta_ds.spans import spacy_parser
 
@@ -108,12 +112,20 @@ def load_parser(spec: str | None, device: str = "cpu") -> Parser:
     if spec.startswith(spacy_parser.PREFIX):
         return spacy_parser.SpacyParser(spacy_parser.load_model(spec.removeprefix(spacy_parser.PREFIX)))
     if spec.startswith(BF16):
+        if device == "cpu" and not _cpu_has_bf16():
+            raise UserError(
+                f"parser {spec}: this CPU multiplies bf16 over a hundred times slower than fp32; leave {BF16} out"
+            )
         return BeneparParser(_in_bfloat16(_load_benepar(spec.removeprefix(BF16))), device)
     return BeneparParser(_load_benepar(spec), device)
 
 
 def _load_benepar(path: str) -> LoadedModel:
-    return load_model(Path(path)) if path else load_model(BUNDLED)._replace(name="bundled")
+    return load_model(Path(os.path.expanduser(path))) if path else load_model(BUNDLED)._replace(name="bundled")
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _in_bfloat16(loaded: LoadedModel) -> LoadedModel:

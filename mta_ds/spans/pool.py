@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -31,7 +31,11 @@ from mta_ds.spans.rows import Field, Parsed, parse_fields
 
 # Units that a worker has at hand while it parses another: it never waits for the reader.
 _AHEAD = 2
+# Units that take less time than workers need to start.
+_ALONE = {"cpu": 4, "cuda": 1}
 _SECONDS_TO_END = 5.0
+# Giving memory back takes a look at all of it.
+_UNITS_A_TRIM = 8
 _OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
@@ -45,7 +49,7 @@ class Parsing(Protocol):
 
 @contextmanager
 def open_pool(parser: Parser, spec: str | None, workers: int | None, device: str = "cpu") -> Iterator[Parsing]:
-    """Parse in this process or in several; a short input never starts any.
+    """Parse in this process or in several; a few units never start any.
 
     Args:
         parser: what this process would parse with.
@@ -62,33 +66,32 @@ def open_pool(parser: Parser, spec: str | None, workers: int | None, device: str
 
 
 class _Lazy:
-    """This process' own parser until there is more work than starting workers would take.
+    """This process' own parser for the first units, however many inputs they come from; then workers.
 
     One worker alone would be no faster than this process, unless it has a GPU: that works on while this one reads
     and writes.
     """
 
     def __init__(self, parser: Parser, spec: str | None, num_workers: int, device: str) -> None:
-        self._parser, self._spec, self._num_workers, self._device = parser, spec, num_workers, device
+        self._own, self._spec, self._num_workers, self._device = UnitParser(parser), spec, num_workers, device
+        self._alone = None if num_workers == 1 and device == "cpu" else _ALONE[device]
         self._pool: ParserPool | None = None
 
     def map(self, units: Iterable[Sequence[Field]]) -> Iterator[Parsed]:
         units = iter(units)
-        if self._num_workers == 1 and self._device == "cpu":
-            yield from map(self._parse, units)
+        for parsed in map(self._parse, islice(units, self._alone)):
+            if self._alone is not None:
+                self._alone -= 1
+            yield parsed
+        if self._alone is None or (first := next(units, None)) is None:
             return
         if self._pool is None:
-            first = list(islice(units, 2 * self._num_workers))
-            if len(first) < 2 * self._num_workers:
-                yield from map(self._parse, first)
-                return
             self._pool = ParserPool(self._spec, self._num_workers, self._device)
-            units = chain(first, units)
-        yield from self._pool.map(units)
+        yield from self._pool.map(chain([first], units))
 
     def _parse(self, fields: Sequence[Field]) -> Parsed:
         with _one_thread():
-            return _parse(fields, self._parser)
+            return self._own(fields)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -188,12 +191,22 @@ class ParserPool:
                 self._results[ticket] = parsed
 
 
-def _parse(fields: Sequence[Field], parser: Parser) -> Parsed:
-    """Parse a unit, then give back what its tensors, all of other sizes, have left in holes: memory stays flat."""
-    parsed = parse_fields(fields, parser)
-    if _trim is not None:
-        _trim(0)
-    return parsed
+class UnitParser:
+    """What a process does with its units: parse each, and now and then give back what the tensors of so many sizes have
+    left in holes, so that memory stays flat.
+    """
+
+    def __init__(self, parser: Parser) -> None:
+        self._parser = parser
+        self._num_parsed = 0
+
+    def __call__(self, fields: Sequence[Field]) -> Parsed:
+        """One unit's rows."""
+        parsed = parse_fields(fields, self._parser)
+        self._num_parsed += 1
+        if _trim is not None and self._num_parsed % _UNITS_A_TRIM == 0:
+            _trim(0)
+        return parsed
 
 
 def share_memory_pool() -> None:
@@ -214,10 +227,11 @@ class _Worker:
 
     def send(self, ticket: int, fields: list[Field]) -> None:
         self.tickets.append(ticket)
-        try:
+        with suppress(OSError):
             self.pipe.send(fields)
-        except OSError:
-            raise self._lost() from None
+            return
+        while True:  # it has ended: until what it said last, or else that it is gone, is raised
+            self.receive()
 
     def receive(self) -> tuple[int, Parsed]:
         try:
@@ -245,16 +259,23 @@ def _work(pipe: Connection, spec: str | None, device: str) -> None:
     share_memory_pool()
     units: SimpleQueue[list[Field] | None] = SimpleQueue()
     threading.Thread(target=_read, args=(pipe, units), daemon=True).start()
+    with suppress(OSError):  # nobody is there any more
+        for answer in _answers(units, spec, device):
+            pipe.send(answer)
+
+
+def _answers(
+    units: SimpleQueue[list[Field] | None], spec: str | None, device: str
+) -> Iterator[Parsed | UserError | str]:
+    """Every unit's rows, or last of all why there are none."""
     try:
-        parser = load_parser(spec, device)
+        parse = UnitParser(load_parser(spec, device))
         while (fields := units.get()) is not None:
-            pipe.send(_parse(fields, parser))
+            yield parse(fields)
     except UserError as error:
-        pipe.send(error)
-    except OSError:
-        return  # nobody is there any more
+        yield error
     except Exception:
-        pipe.send(traceback.format_exc())
+        yield traceback.format_exc()
 
 
 def _read(pipe: Connection, units: SimpleQueue[list[Field] | None]) -> None:

@@ -116,9 +116,11 @@ class _Columns:
         self.bounds.append(0)
         for part, found in parts:
             base = len(self.words) - first_word
+            # a new tuple is made in a fraction of the time that one's ``_replace`` takes
             self.constituents += (
-                c._replace(start_word=c.start_word + base, end_word=c.end_word + base) if base else c
-                for c in found.constituents
+                [Constituent(c.start_word + base, c.end_word + base, c.label, c.height) for c in found.constituents]
+                if base
+                else found.constituents
             )
             self.words += part.ranges
             self.tags += found.tags

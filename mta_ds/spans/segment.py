@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,17 +125,26 @@ def _segment_piece(text: str, start: int, end: int, is_prose: bool) -> Iterator[
     if len(tokenizer.vocab) > _MAX_VOCABULARY:
         _pipeline.cache_clear()
         tokenizer, sentencizer = _pipeline()
+    piece = text[start:end]
+    is_ascii = piece.isascii()
+    has_surrogates = not is_ascii and _SURROGATES.search(piece) is not None
     # spaCy cannot hold a lone surrogate; its stand-in is as long.
-    document = tokenizer(_SURROGATES.sub("\ufffd", text[start:end]))
+    document = tokenizer(_SURROGATES.sub("\ufffd", piece) if has_surrogates else piece)
     for sentence in sentencizer(document).sents if is_prose else (document,):
-        ranges = [
-            (start + token.idx + match.start(), start + token.idx + match.end())
-            for token in sentence
-            for match in _WORDS.finditer(token.text)
-        ]
-        for part in _cut_at_ends(text, ranges) if is_prose else [ranges]:
+        ranges = list(_word_ranges(sentence, start, is_ascii))
+        for part in _cut_at_ends(text, ranges) if is_prose and not is_ascii else [ranges]:
             if part:
-                yield _to_segment(text, tuple(part), is_prose)
+                yield _to_segment(text, tuple(part), is_prose, has_surrogates)
+
+
+def _word_ranges(tokens: Iterable[Any], start: int, is_ascii: bool) -> Iterator[tuple[int, int]]:
+    """Where words stand in a text whose piece from ``start`` on the tokens are of."""
+    for token in tokens:
+        first = start + token.idx
+        if not is_ascii:
+            yield from ((first + match.start(), first + match.end()) for match in _WORDS.finditer(token.text))
+        elif not token.is_space:  # no sentence end of another script is in it
+            yield first, first + len(token)
 
 
 def _cut_at_ends(text: str, ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
@@ -152,11 +161,11 @@ def _cut_at_ends(text: str, ranges: list[tuple[int, int]]) -> Iterator[list[tupl
     yield ranges[begin:]
 
 
-def _to_segment(text: str, ranges: tuple[tuple[int, int], ...], is_prose: bool) -> Segment:
+def _to_segment(text: str, ranges: tuple[tuple[int, int], ...], is_prose: bool, has_surrogates: bool) -> Segment:
     words = tuple(text[start:end] for start, end in ranges)
     spaces = tuple(end >= len(text) or text[end].isspace() for _, end in ranges)
     # A parser's tokenizer cannot hold a lone surrogate either.
-    is_prose = is_prose and not any(map(_SURROGATES.search, words))
+    is_prose = is_prose and not (has_surrogates and any(map(_SURROGATES.search, words)))
     return Segment(Sentence(words, spaces), ranges, is_prose)
 
 

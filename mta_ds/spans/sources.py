@@ -10,7 +10,8 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from mta_ds.files import belongs_to_shard
 
 GENERATION = "generation.json"
 """In a folder that ``mta-ds generate`` writes to: what its texts are made of. Only its parts are records."""
+STORE = "store.json"
+"""A span store's first file, which says what the store is made of: never a folder of records."""
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 _SUFFIXES = (*_LINES, ".parquet")
 _DRAINED_AT_ONCE = 1 << 20  # bytes of a line that is too long
@@ -63,11 +66,13 @@ def read_rows(
 def input_files(source: str) -> list[Path]:
     """The record files that a path, folder or glob names, sorted; empty for what may be a ``datasets`` name.
 
+    A folder or glob never names what belongs to a span store: a store may lie among the records that it is made of.
+
     Raises:
-        UserError: a path that is not there, a glob or folder without record files, or one that is still being
-            generated.
+        UserError: a path that is not there, a glob or folder without record files, one that is still being generated,
+            or a span store.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # unlike a Path's own, no error for an unknown user
     if _saved_dataset(source) is not None:
         return []
     if os.path.isfile(path):  # unlike a Path's own, false for a name that is too long
@@ -75,10 +80,10 @@ def input_files(source: str) -> list[Path]:
             raise UserError(f"{source}: not a record file; want one of {', '.join(_SUFFIXES)}")
         return [path]
     if os.path.isdir(path):
+        _refuse_store(source, path)
         files = _only_records(_files_below(path))
     elif glob.has_magic(source):
-        found = map(Path, glob.glob(os.path.expanduser(source), recursive=True))
-        files = _only_records({file for each in found for file in (_files_below(each) if each.is_dir() else [each])})
+        files = _only_records(_matching_files(source))
     else:
         if _looks_like_a_path(source):
             raise UserError(f"{source}: no such file{_nearest(path)}")
@@ -119,8 +124,41 @@ def open_dataset(source: str) -> Iterable[Any]:
     return rows
 
 
+def _matching_files(source: str) -> set[Path]:
+    """Files that a glob matches, and those below the folders that it does."""
+    pattern = os.path.expanduser(source)
+    base = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))  # is named, not matched
+    _refuse_store(source, base)
+    is_store = cache(_is_store)
+    found: set[Path] = set()
+    for each in map(Path, glob.glob(pattern, recursive=True)):
+        if any(is_store(folder) for folder in each.parents if folder.is_relative_to(base)):
+            continue
+        found.update(_files_below(each) if each.is_dir() else [each])
+    return found
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+    """All files in a folder and its folders, without span stores."""
+    for parent, folders, names in os.walk(folder):
+        if _is_store(parent):
+            folders.clear()
+            continue
+        yield from (path for name in names if (path := Path(parent, name)).is_file())
+
+
+def _is_store(folder: Path | str) -> bool:
+    """Whether a span store is there, or is being made; a file of records may have the name of a store's first file."""
+    try:
+        with open(os.path.join(folder, STORE), "rb") as file:
+            return b'"schema_version"' in file.read(64)
+    except OSError:
+        return False
+
+
+def _refuse_store(source: str, folder: Path) -> None:
+    if _is_store(folder):
+        raise UserError(f"{source}: {folder} is a span store, whose files are no records; name the records themselves")
 
 
 def _only_records(files: Iterable[Path]) -> list[Path]:
@@ -250,7 +288,7 @@ def _num_bytes(value: Any) -> int:
 def _saved_dataset(source: str) -> Path | None:
     """The folder, if ``source`` is one that ``datasets`` saved, with or without ":split"."""
     for name in (source, source.rpartition(":")[0]):
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if name and any(os.path.isfile(folder / mark) for mark in ("dataset_info.json", "dataset_dict.json")):
             return folder
     return None

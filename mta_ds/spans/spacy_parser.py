@@ -51,7 +51,7 @@ def load_model(model: str) -> LoadedModel:
     """
     from spacy.util import get_installed_models
 
-    path = Path(model)
+    path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
         files = [path / name for name in ("config.cfg", "meta.json")]
         for file in files:

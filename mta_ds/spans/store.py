@@ -159,7 +159,10 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: no such span store; 'mta-ds parse' makes one")
     file = path / "manifest.json"
     if not file.is_file():
-        raise UserError(f"{path}: not a complete span store, it has no manifest.json; {_what_is_missing(path)}")
+        raise UserError(
+            f"{path}: not a complete span store, it has no manifest.json; 'mta-ds parse' makes what is missing, "
+            f"'mta-ds parse --status --output {path}' says what that is"
+        )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         version = values.get("schema_version")
@@ -168,18 +171,6 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(values)
     except (ValueError, AttributeError, ValidationError) as error:
         raise UserError(f"{file}: damaged: {str(error).splitlines()[0]}; run 'mta-ds parse' again") from None
-
-
-def _what_is_missing(path: Path) -> str:
-    try:
-        num_shards = int(json.loads((path / "store.json").read_text(encoding="utf-8"))["num_shards"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "'mta-ds parse' makes a store"
-    missing = [str(i) for i in range(num_shards) if not (path / f"{part_name(i, num_shards)}.json").is_file()]
-    if not missing:
-        return "all its shards are done: run 'mta-ds parse' again to see why they were not merged"
-    listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-    return f"{len(missing)} of {num_shards} shards are missing ({listed}): run 'mta-ds parse' again"
 
 
 def check_part(path: Path, part: Part, full: bool) -> None:
@@ -194,6 +185,15 @@ def check_part(path: Path, part: Part, full: bool) -> None:
         raise UserError(f"{file}: part is damaged (no Parquet); {advice}") from None
     if rows != part.rows or (full and sha256(file) != part.sha256):
         raise UserError(f"{file}: part is damaged (it differs from the manifest); {advice}")
+
+
+def read_batches(part: Path, num_rows: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Up to ``num_rows`` rows of a part at a time, never of two row groups: those end after so many words, whatever the
+    length of a row, and one batch filled from several would hold as many words more.
+    """
+    with pq.ParquetFile(part) as file:
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(num_rows, row_groups=[group], columns=columns)
 
 
 class SpanStore:
@@ -222,7 +222,7 @@ class SpanStore:
         Raises:
             UserError: the store is missing, unfinished or damaged; one line that names the file.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         manifest = read_manifest(path)
         cache = _cache_folder(path)
         fresh = not cache.is_dir()
@@ -336,7 +336,7 @@ def _write_cache(path: Path, manifest: Manifest, folder: Path) -> None:
 
 def _part_batches(path: Path, manifest: Manifest) -> Iterator[pa.RecordBatch]:
     for part in manifest.parts:
-        yield from pq.ParquetFile(path / part.file).iter_batches(batch_size=ROWS_PER_GROUP)
+        yield from read_batches(path / part.file, ROWS_PER_GROUP)
 
 
 class _Names:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from support import train_tokenizer
 from tokenizers import processors
 
-from mta_ds.data import DataConfig, Dropped, Example, UnitConfig, Units, encode, encode_prompt
+from mta_ds.data import DataConfig, Dropped, Example, UnitConfig, Units, build_dataset, encode, encode_prompt
+from mta_ds.data.encode import encode_question
 from mta_ds.errors import UserError
 from mta_ds.spans.records import Record, parse_row, text_hash
 
@@ -94,6 +97,53 @@ def test_long_prompts(tokenizer) -> None:
     assert encode_prompt(record(), DataConfig(max_prompt_length=limit), tokenizer) == cut.input_ids[:limit].tolist()
     dropped = encode(record(), DataConfig(max_prompt_length=limit, long_prompts="drop"), tokenizer, lookup)
     assert isinstance(dropped, Dropped) and "max_prompt_length" in dropped.reason
+
+
+def question(tokenizer, ours: Record, **options: object) -> Example:
+    example = encode_question(ours, DataConfig(**options), tokenizer)
+    assert isinstance(example, Example), example
+    return example
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": INSTRUCTION},
+        {"prompt": INSTRUCTION, "response": OUTPUT},
+        {"prompt": INSTRUCTION, "chosen": "", "rejected": OUTPUT},
+        {"messages": [{"role": "user", "content": INSTRUCTION}]},
+    ],
+)
+def test_a_question_is_what_generate_asks_whatever_the_answer(tokenizer, row) -> None:
+    ours = record(**row)
+    example = question(tokenizer, ours)
+    assert example.input_ids.tolist() == encode_prompt(ours, DataConfig(), tokenizer) and example.record_id == ours.id
+    assert example.prompt_length == len(example.input_ids) > 0 and (example.labels == -100).all()
+    assert not any(len(spans) for spans in example.spans.values())
+
+
+def test_questions_that_are_none_or_too_long(tokenizer) -> None:
+    whole = question(tokenizer, record())
+    limit = whole.prompt_length - 10
+    assert question(tokenizer, record(), max_prompt_length=limit).input_ids.tolist() == whole.input_ids[:limit].tolist()
+    config = DataConfig(max_prompt_length=limit, long_prompts="drop")
+    assert encode_question(record(), config, tokenizer) == Dropped("with a prompt over max_prompt_length")
+    assert encode_question(record(text=OUTPUT), config, tokenizer) == Dropped("without a prompt")
+    assert encode_prompt(record(text=OUTPUT), config, tokenizer) == []
+
+
+def test_a_data_set_of_prompts_alone(tokenizer, tmp_path) -> None:
+    file = tmp_path / "records.jsonl"
+    rows = [{"id": "q", "prompt": INSTRUCTION}, {"id": "r", "prompt": "Go.", "response": OUTPUT}, {"text": OUTPUT}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    dataset = build_dataset([str(file)], DataConfig(), tokenizer, None, tmp_path / "cache", prompts_only=True)
+    assert [dataset[i].record_id for i in range(len(dataset))] == ["q", "r"]
+    assert dataset.prompt_lengths.tolist() == dataset.lengths.tolist()
+    summary = dataset.summary
+    assert (summary.records, summary.label_tokens, summary.changed_fields, summary.group) == (2, 0, 0, 1)
+    assert summary.dropped == {"without a prompt": 1}
+    answered = build_dataset([str(file)], DataConfig(), tokenizer, None, tmp_path / "cache")
+    assert answered.key != dataset.key and answered.summary.records == 2
 
 
 def test_a_unit_that_the_cut_prompt_breaks_is_dropped(tokenizer) -> None:

@@ -14,6 +14,7 @@ from support import run_command
 
 from mta_ds.data import Record, SpanStore, UnitConfig, Units
 from mta_ds.errors import UsageError, UserError
+from mta_ds.evaluation import tree
 from mta_ds.evaluation.inspect import InspectedField, Inspection, describe, inspect, write_page
 from mta_ds.evaluation.tree import ParsedExample
 from mta_ds.evaluation.weights import RecordWeights, Token, record_weights
@@ -139,6 +140,24 @@ def test_pieces_of_the_text_refer_to_the_constituents_over_them(pair, tmp_path):
     assert over == ["S", "VP", "NP", "PP", "NP"]
     assert piece[1].split() == ["phrase", "depth-2", "closes", "word"]
     assert example.text.startswith("Sunlight")
+
+
+def test_a_long_record_is_shown_sentence_by_sentence(tmp_path, monkeypatch):
+    """Each sentence with its own units alone, found without a look at all the others'."""
+    text = "".join(f"Number {i} is here. " for i in range(5_000))  # 100 kB
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "r", "text": text}))
+    parse(ParseConfig(inputs=(str(tmp_path / "a.jsonl"),), output=tmp_path / "s", parser="none"))
+    calls, ranges = [], tree._ranges
+    monkeypatch.setattr(tree, "_ranges", lambda *arguments: calls.append(1) or ranges(*arguments))
+    inspection = inspect(tmp_path / "s", "r", [], units=UnitConfig(words="all"))
+    shown = describe(inspection).splitlines()
+    assert shown[0] == "r · text · 5000 sentences"
+    assert shown.count("   phrases: (none)") == 5_000
+    chosen = [line for line in shown if line.startswith("   words:")]
+    assert len(chosen) == 5_000 and chosen[4_321] == "   words:   Number | 4321 | is | here | ."
+    page = read(write_page(tmp_path / "page.html", inspection))
+    assert page.tags.count("svg") == 5_000 and text.strip() in page.words
+    assert len(calls) == 6  # words and phrases: for the terminal, the marked text, the trees
 
 
 def test_the_page_runs_its_own_script_only(pair, tmp_path):

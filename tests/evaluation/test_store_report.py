@@ -21,6 +21,8 @@ from mta_ds.evaluation.store_report import (
     store_charts,
     write_store_report,
 )
+from mta_ds.spans import parse as parse_module
+from mta_ds.spans import rows as rows_module
 from mta_ds.spans.parse import ParseConfig, parse
 
 
@@ -142,6 +144,18 @@ def test_a_store_of_words_alone_with_a_field_of_none(tmp_path):
     assert found.words_per_field == {0: 1, 2: 1, 7: 1} and found.words_per_sentence == {2: 1, 3: 1, 4: 1}
     assert found.constituents_per_sentence == {0: 3} and not found.labels and found.coverage == 0
     assert "0.0 % of the words" in write_store_report(store, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_one_row_group_is_held_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(parse_module, "_WORDS_PER_GROUP", 1)  # a group each unit of work
+    monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 3)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"Row {i}."}) + "\n" for i in range(7)))
+    store = tmp_path / "spans"
+    parse(ParseConfig(inputs=(str(tmp_path / "rows.jsonl"),), output=store, parser="none", workers=1))
+    counted = []
+    monkeypatch.setattr(store_report, "_count", lambda batch, *_: counted.append(batch.num_rows))
+    read_statistics(store, read_manifest(store), UnitConfig())
+    assert counted == [3, 3, 1]
 
 
 def test_a_long_tail_is_cut_off_and_told():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mta_ds.data import Units
+from mta_ds.evaluation import tree as module
 from mta_ds.evaluation.tree import ParsedExample, marked_text, trees
 
 TEXT = "The old dog sleeps. A <b>cat</b> & I watch!"
@@ -65,6 +66,38 @@ def test_marked_text_without_units(example):
         "The old dog sleeps. A &lt;b&gt;cat&lt;/b&gt; &amp; I watch!"
     )
     assert str(marked_text(ParsedExample("", units_of("", [], [0], []), empty, empty))) == ""
+
+
+def test_pieces_of_marked_text_tell_the_constituents_over_them(example):
+    words = example.units.words.tolist()
+    ranges = [(words[start][0], words[end - 1][1]) for start, end, *_ in CONSTITUENTS]
+    html = str(marked_text(example, ranges))
+    assert without_tags(html) == TEXT
+    place, over = 0, []
+    for numbers, text in re.findall(r'<span class="[^"]*" data-c="([^"]*)">([^<]*)</span>', html):
+        length = len(without_tags(text))
+        over += [list(map(int, numbers.split()))] * length
+        place += length
+    expected = [[i for i, (start, end) in enumerate(ranges) if start <= at < end] for at in range(len(TEXT))]
+    assert place == len(TEXT) and over == expected
+    assert '<span class="phrase depth-1 closes word" data-c="0 1">dog</span>' in html
+
+
+def test_a_text_is_gone_through_once_however_many_sentences_it_has(monkeypatch):
+    words = [f"w{i}" for i in range(600)]
+    text, bounds = " ".join(words), list(range(0, 601, 3))
+    constituents = [(start, start + 3, 1, "NP") for start in bounds[:-1]]
+    units = units_of(text, words, bounds, constituents)
+    chosen = np.stack([units.words[0:600:3, 0], units.words[2:600:3, 1]], axis=1)
+    calls, ranges = [], module._ranges
+    monkeypatch.setattr(module, "_ranges", lambda *arguments: calls.append(1) or ranges(*arguments))
+    drawn = trees(ParsedExample(text, units, units.words, chosen))
+    assert len(drawn) == 200 and len(calls) == 2  # of words and of phrases
+    for number in (0, 117, 199):
+        own = words[3 * number : 3 * number + 3]
+        root = parsed(drawn[number])
+        assert [word for word, _, _ in groups(root, "leaf")] == own
+        assert groups(root, "label") == [("NP", " ".join(own), True)]
 
 
 def parsed(svg) -> ElementTree.Element:

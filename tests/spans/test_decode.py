@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from benepar.decode_chart import ChartDecoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mta_ds.spans.decode import Constituent, decode, num_cells, span_fenceposts
+from mta_ds.spans.decode import Constituent, compiled, decode, span_fenceposts
 
 NAMES = ("", "NP", "S::VP", "X")
 VOCAB = {name: number for number, name in enumerate(NAMES)}
@@ -101,7 +103,7 @@ def test_order_nesting_and_heights(lengths: list[int], seed: int) -> None:
 
 
 def test_a_label_without_a_name_is_no_constituent() -> None:
-    scores, labels = np.ones(num_cells(2), np.float32), np.array([0, 1, 2], np.int64)
+    scores, labels = np.ones(3, np.float32), np.array([0, 1, 2], np.int64)
     assert decode(scores, labels, np.array([2]), ("", "", "NP")) == [(Constituent(1, 2, "NP", 1),)]
 
 
@@ -118,3 +120,12 @@ def test_span_fenceposts() -> None:
     left, right = span_fenceposts(np.array([2, 1]), 5)
     assert left.tolist() == [0, 0, 1, 5]
     assert right.tolist() == [1, 2, 2, 6]
+
+
+def test_code_is_compiled_where_it_cannot_be_kept() -> None:
+    """As with the package in a read-only image and no home: numba finds no folder, here since there is no file."""
+    names: dict[str, Any] = {}
+    exec(compile("def distance(a, b): return abs(a - b)", "<nowhere>", "exec"), names)
+    with pytest.raises(RuntimeError, match="cannot cache function"):
+        numba.njit(cache=True)(names["distance"])
+    assert compiled(names["distance"])(3, 5) == 2

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mta_ds.spans.markup import regions
+from mta_ds.spans.markup import _is_table_rule, regions
 
 
 def not_prose(text: str) -> list[str]:
@@ -93,3 +95,23 @@ def test_a_fence_that_nothing_closes_goes_on_to_the_end() -> None:
 )
 def test_prose_stays_prose(text: str) -> None:
     assert not_prose(text) == []
+
+
+# As one pattern, which takes the square of a line's length where it does not match.
+TABLE_RULE = re.compile(r"[\s>]*(?=[^|]*\|)(?=[^-]*-)\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
+
+
+@settings(max_examples=2000)
+@given(st.text(st.sampled_from("||---:: >\tx\u2003"), max_size=14), st.sampled_from(["", "\n", "\r\n", "\u2028"]))
+def test_a_rule_of_a_table_is_what_the_pattern_says(line: str, end: str) -> None:
+    assert _is_table_rule(line + end) == (TABLE_RULE.match(line + end) is not None)
+
+
+@pytest.mark.parametrize("line", ["|-", "-|", "> | :-: | --- |", "|---|:-:|\n", "--- | --:"])
+def test_rules_of_tables(line: str) -> None:
+    assert _is_table_rule(line) and TABLE_RULE.match(line)
+
+
+@pytest.mark.parametrize("line", ["|", "---", "||-", "-||", "| x | - |", "|-:-|", "| > |-|", ""])
+def test_lines_that_are_no_rules_of_tables(line: str) -> None:
+    assert not _is_table_rule(line) and not TABLE_RULE.match(line)

@@ -299,8 +299,6 @@ def test_wrong_use(tmp_path: Path, parser: RightBranching) -> None:
     source = write_rows(tmp_path / "a.jsonl", make_records(2))
     with pytest.raises(UsageError, match="--shard-index 2: want 0 to 1 for 2 shards"):
         parse(ParseConfig(inputs=(source,), output=tmp_path / "s", num_shards=2), 2)
-    with pytest.raises(UsageError, match="lies in the input folder"):
-        parse(ParseConfig(inputs=(str(tmp_path),), output=tmp_path / "s"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the span store"):
         parse(ParseConfig(inputs=(source,), output=tmp_path / "file"))
@@ -335,3 +333,40 @@ def test_real_parser_on_hostile_texts_twice_gives_the_same_bytes(tmp_path: Path)
     units = store.units("0", "text", texts[0])
     assert units is not None
     assert {"S", "NP", "VP"} <= set(units.labels)
+
+
+@pytest.mark.parametrize("source", ["{}", "{}/*", "{}/**/*.json*", "~"])
+def test_a_store_among_its_records_is_the_same_as_one_elsewhere(
+    tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Later shards, the merge and a rerun meet the store's own files there."""
+    data = tmp_path / "data"
+    monkeypatch.setenv("HOME", str(data))
+    write_rows(data / "a.jsonl", make_records(10))
+    write_rows(data / "z.jsonl", [{"id": "z", "text": "The last."}])
+    apart = ParseConfig(inputs=(str(data),), output=tmp_path / "apart", num_shards=3)
+    parse(apart)
+    config = ParseConfig(inputs=(source.format(data),), output=data / "spans", num_shards=3)
+    manifests = [parse(config, index) for index in (2, 0, 1)]
+    assert manifests[:2] == [None, None] and done(manifests[2]).counts.records == 11
+    assert parse(config) == manifests[2] == merge_only(config)
+    assert parts_of(config.output) == parts_of(apart.output)
+
+
+def test_a_store_does_not_take_the_place_of_its_records(tmp_path: Path, parser: RightBranching) -> None:
+    file = write_rows(tmp_path / "data" / "a.jsonl", make_records(4))
+    for source in (tmp_path, tmp_path / "*", tmp_path / "data" / "*.jsonl"):
+        with pytest.raises(UsageError, match=r"data: holds records of the input .*; choose another output"):
+            parse(ParseConfig(inputs=(str(source),), output=tmp_path / "data"))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["a.jsonl"]
+    config = ParseConfig(inputs=(file,), output=tmp_path / "data", num_shards=2)  # named itself, it is read
+    assert done(parse(config)).counts.records == 4
+    with pytest.raises(UserError, match="data is a span store, whose files are no records"):
+        parse(config.model_copy(update={"inputs": (str(tmp_path / "data"),), "output": tmp_path / "s"}))
+
+
+def test_the_home_folder_in_output(tmp_path: Path, parser: RightBranching, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "a.jsonl", make_records(2))
+    parse(ParseConfig(inputs=("~/a.jsonl",), output=Path("~/s")))
+    assert SpanStore.open(Path("~/s")).path == tmp_path / "s"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from span_cases import PROCESSES, RightBranching, make_records, parts_of, start_parse, start_until_rename, write_rows
 
+from mta_ds.spans import parse as module
 from mta_ds.spans import rows as rows_module
 from mta_ds.spans.log import read_paces
 from mta_ds.spans.parse import ParseConfig, parse
+from mta_ds.spans.parser import Parse, Sentence
+from mta_ds.spans.store import SpanStore
 
 
 def _undo(store: Path, part: int) -> None:
@@ -90,3 +94,27 @@ def test_two_tasks_on_each_shard_do_no_harm(tmp_path: Path, parser: RightBranchi
     assert (config.output / "manifest.json").is_file()  # whoever was last
     parse(config.model_copy(update={"output": tmp_path / "whole"}))
     assert parts_of(tmp_path / "s") == parts_of(tmp_path / "whole")
+
+
+def test_the_first_to_finish_a_part_stays_whatever_another_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One parser on two types of CPU, whose sums differ in their last digits: a few trees are others."""
+
+    class Late(RightBranching):
+        """While it parses, a task like its own begins and ends."""
+
+        def parse(self, sentences: Sequence[Sentence]) -> list[Parse]:
+            if not first:
+                monkeypatch.setattr(module, "load_parser", lambda spec, device: RightBranching())
+                first.extend([parse(config), parts_of(config.output)])
+            return [Parse(("Y",) * len(sentence.words), ()) for sentence in sentences]
+
+    first: list[object] = []
+    source = write_rows(tmp_path / "a.jsonl", [*make_records(6), "bad\n"])
+    config = ParseConfig(inputs=(source,), output=tmp_path / "s", max_reject_share=0.5, workers=1)
+    monkeypatch.setattr(module, "load_parser", lambda spec, device: Late())
+    assert parse(config) == first[0] is not None
+    assert parts_of(config.output) == first[1]
+    assert not list(config.output.glob(".*"))
+    SpanStore.open(config.output, verify=True)

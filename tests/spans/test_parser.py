@@ -12,7 +12,18 @@ from benepar.decode_chart import ChartDecoder
 from benepar_cases import LETTERS, SIMPLE, benepar_parses, bert, plain, sentence
 from transformers import BertModel, BertTokenizer, PreTrainedTokenizerBase
 
-from mta_ds.spans.parser import BUNDLED, BeneparParser, Constituent, Parse, Sentence, WordsOnly, load_parser
+from mta_ds.errors import UserError
+from mta_ds.spans import parser as module
+from mta_ds.spans.parser import (
+    BUNDLED,
+    BeneparParser,
+    Constituent,
+    Parse,
+    Sentence,
+    WordsOnly,
+    best_device,
+    load_parser,
+)
 
 ROOT = Path(__file__).parents[2]
 TREEBANK = ROOT.parent / "shared" / "data" / "treebank"
@@ -199,9 +210,31 @@ def test_label_vocabulary_of_the_decoder() -> None:
     assert ChartDecoder.build_vocab([nltk.Tree.fromstring("(ROOT (S (NP (NN a)) (VB b)))")])[""] == 0
 
 
-def test_in_bf16_it_is_another_parser_that_mostly_agrees(bundled: BeneparParser) -> None:
+def test_in_bf16_it_is_another_parser_that_mostly_agrees(
+    bundled: BeneparParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_cpu_has_bf16", lambda: True)
     low = load_parser("bf16:")
     assert low.name == "bf16:bundled" and low.fingerprint == f"bf16:{bundled.fingerprint}"
     (exact,), (rounded,) = bundled.parse(SIMPLE[:1]), low.parse(SIMPLE[:1])
     shared = set(exact.constituents) & set(rounded.constituents)
     assert len(shared) > 0.5 * len(exact.constituents) > 0
+
+
+@pytest.mark.parametrize("spec", ["bf16:", "bf16:some/model"])
+def test_bf16_is_refused_where_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    """By whoever loads a parser: the stage, the processes of rollouts, the check of a run."""
+    for has in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, has, lambda: False)
+    with pytest.raises(UserError, match=f"parser {spec}: this CPU multiplies bf16 over a hundred times slower"):
+        load_parser(spec)
+    monkeypatch.setattr(module, "BeneparParser", lambda loaded, device: (loaded.name, device))
+    assert load_parser("bf16:", "cuda") == ("bf16:bundled", "cuda")
+
+
+def test_a_gpu_is_for_benepar_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = (None, "some/model", "bf16:", "none", "spacy:en_core_web_sm")
+    assert {best_device(spec) for spec in specs[3:]} == {"cpu"}
+    for available, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=available: there)
+        assert [best_device(spec) for spec in specs] == [device] * 3 + ["cpu"] * 2

@@ -37,6 +37,14 @@ class TestOtherModels:
         assert found == benepar_parses(parser, SIMPLE)
         assert all(constituents for _, constituents in found)
 
+    def test_in_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        save_folder(tmp_path / "model")
+        assert load_parser("~/model").name == "model"
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match="no spaCy model folder"):
+            load_parser("spacy:~/empty")
+
     def test_no_tags(self, tmp_path: Path) -> None:
         parser = load_parser(str(save_folder(tmp_path, predict_tags=False)))
         assert parser.parse(SIMPLE)[0].tags == ("",) * 6

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+import torch
 
 from mta_ds.errors import UserError
+from mta_ds.spans import parse as parse_module
 from mta_ds.spans import pool as pool_module
 from mta_ds.spans import rows as rows_module
 from mta_ds.spans.merge import status
 from mta_ds.spans.parse import ParseConfig, merge_only, parse
 from mta_ds.spans.parser import load_parser
-from mta_ds.spans.pool import ParserPool, open_pool
+from mta_ds.spans.pool import ParserPool, UnitParser, open_pool
 from mta_ds.spans.rows import Field, batches, parse_fields
 
 TEXTS = ["The old man reads a book. It rains, and she stays.", "A cat sat on the mat!", "\0 \u200b x", ""]
@@ -114,6 +117,37 @@ def test_a_parser_that_cannot_be_loaded_is_the_workers_own_line(tmp_path: Path) 
         pool.result(pool.submit(fields(1)))
 
 
+def test_a_worker_that_ended_still_tells_why(tmp_path: Path) -> None:
+    with ParserPool(str(tmp_path / "none"), 1) as pool:
+        pool._workers[0].process.join()
+        with pytest.raises(UserError, match="no such file or folder"):
+            pool.submit(fields(1))
+    with ParserPool("none", 1) as pool:
+        pool._workers[0].process.kill()
+        pool._workers[0].process.join()
+        with pytest.raises(UserError, match="a parser worker ended by signal 9"):
+            pool.submit(fields(1))
+
+
+def test_what_fails_in_a_worker_is_told_whatever_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OSError too, which means elsewhere that nobody is there any more to tell."""
+
+    def load(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(pool_module, "load_parser", load)
+    (told,) = pool_module._answers(SimpleQueue(), None, "cpu")
+    assert isinstance(told, str) and told.endswith("OSError: the disk is gone\n")
+
+
+def test_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = []
+    monkeypatch.setattr(pool_module, "_trim", trimmed.append)
+    parse_unit = UnitParser(load_parser("none"))
+    assert [parse_unit(fields(1)).table.num_rows for _ in range(17)] == [1] * 17
+    assert len(trimmed) == 2
+
+
 def test_no_worker_outlives_a_parent_that_was_killed() -> None:
     code = (
         "import time\nfrom mta_ds.spans.pool import ParserPool\n"
@@ -141,7 +175,9 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-def test_bytes_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_shards", [2, 8])
+def test_bytes_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_shards: int) -> None:
+    """Of shards that are long enough for workers each, and of such that are only together."""
     monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 5)
     source = tmp_path / "a.jsonl"
     lines = [json.dumps({"id": field.record_id, "text": field.text}) for field in fields(80)]
@@ -149,8 +185,8 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.
     stores = []
     for workers in (1, 2, 3):
         output = tmp_path / str(workers)
-        config = ParseConfig(inputs=(str(source),), output=output, num_shards=2, workers=workers, max_reject_share=0.5)
-        parse(config)
+        config = ParseConfig(inputs=(str(source),), output=output, num_shards=num_shards, workers=workers)
+        parse(config.model_copy(update={"max_reject_share": 0.5}))
         stores.append({path.name: path.read_bytes() for path in output.iterdir() if path.is_file()})
     assert stores[0] == stores[1] == stores[2]
 
@@ -160,6 +196,39 @@ def test_a_gpu_has_one_worker_and_a_cpu_one_a_core(monkeypatch: pytest.MonkeyPat
     for device, workers, expected in (("cpu", None, 3), ("cuda", None, 1), ("cuda", 2, 2)):
         with open_pool(load_parser("none"), "none", workers, device) as pool:
             assert pool._num_workers == expected
+
+
+def test_workers_start_for_many_short_inputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shards of one task are: what this process has parsed alone adds up over them."""
+    started = []
+
+    class Pool(ParserPool):
+        def __init__(self, spec: str | None, num_workers: int, device: str) -> None:
+            started.append((num_workers, device))
+            super().__init__(spec, num_workers, device)
+
+    monkeypatch.setattr(pool_module, "ParserPool", Pool)
+    units = [[field] for field in fields(6)]
+    with open_pool(load_parser("none"), "none", 2) as pool:
+        for first, expected in ((0, []), (2, []), (4, [(2, "cpu")])):
+            found = [parsed.table["record_id"].to_pylist() for parsed in pool.map(units[first : first + 2])]
+            assert found == [[f"r{first}"], [f"r{first + 1}"]] and started == expected
+
+
+def test_parsers_that_know_no_gpu_have_a_worker_a_core_beside_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def opened(*arguments):
+        devices.append(arguments[-1])
+        return open_pool(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parse_module, "open_pool", opened)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "One."}))
+    parse(ParseConfig(inputs=(str(tmp_path / "a.jsonl"),), output=tmp_path / "s", parser="none"))
+    assert devices == ["cpu"]
 
 
 def test_on_a_gpu_another_process_parses_what_is_not_short(monkeypatch: pytest.MonkeyPatch) -> None:

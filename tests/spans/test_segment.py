@@ -39,6 +39,8 @@ HOSTILE = [
     "قال: «نعم؟» ثم ذهب۔ यह है॥ ሰላም። 你好！真的？「はい。」ne?",
     "```\nnever closed\n" * 3,
     "|\n|-|\n||\n",
+    "|-" + " " * 100_000 + "x",
+    " " * 100_000 + "|-x",
 ]
 
 
@@ -175,6 +177,22 @@ def test_parser_is_not_asked_about_what_is_no_prose() -> None:
 
     assert split_to_fit(line, fits) == [(line, False)]
     assert not line.part(0, 1).is_prose
+
+
+def unsparing_ranges(text: str) -> list[tuple[int, int]]:
+    """The words of a text of one piece, with a look for every script's signs at each of its characters."""
+    tokenizer, _ = module._pipeline()
+    return [
+        (token.idx + match.start(), token.idx + match.end())
+        for token in tokenizer(text)
+        for match in module._WORDS.finditer(token.text)
+    ]
+
+
+@settings(max_examples=300)
+@given(st.text(st.characters(max_codepoint=127, exclude_characters="\n\r\v\f"), max_size=80))
+def test_words_of_ascii_are_those_of_any_text(line: str) -> None:
+    assert [r for found in segment(line) for r in found.ranges] == unsparing_ranges(line)
 
 
 def test_lone_surrogates_are_no_prose() -> None:

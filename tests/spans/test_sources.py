@@ -19,6 +19,7 @@ from mta_ds.spans.sources import input_files
 
 
 def lines(path: Path, *rows: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -169,3 +170,28 @@ def test_a_data_set_that_breaks_off_is_one_clear_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(sources, "open_dataset", lambda source: rows())
     with pytest.raises(UserError, match=r"some-name: cannot read on: gone$"):
         list(read_records(["some-name"]))
+
+
+def test_a_span_store_is_no_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is met with: below a folder, matched by a glob as a folder, or its files one by one."""
+    record = lines(tmp_path / "data" / "a.jsonl", {"text": "a"})
+    deep = lines(tmp_path / "data" / "more" / "store.json", {"text": "records, whatever their file's name is"})
+    store = tmp_path / "data" / "spans"
+    for name in ("part-00000-of-00001.json", "log/inputs.json"):
+        lines(store / name, {"rows": 1})
+    (store / "store.json").write_text('{\n "schema_version": 1,\n "num_shards": 1}\n')
+    data = str(tmp_path / "data")
+    monkeypatch.setenv("HOME", data)
+    for source in (data, f"{data}/", "~", f"{data}/*", f"{data}/**", f"{data}/**/*.json*", "~/*", "~/**/*"):
+        assert list(map(str, input_files(source))) == [record, deep], source
+    with pytest.raises(UserError, match="no record file there"):
+        input_files(f"{data}/s*/*.json")
+    for source in (str(store), f"{store}/*", "~/spans", f"{store}/log/../*"):
+        with pytest.raises(UserError, match=r"spans.* is a span store, whose files are no records"):
+            input_files(source)
+
+
+def test_a_saved_data_set_does_not_count_the_store_in_it(tmp_path: Path) -> None:
+    info = lines(tmp_path / "saved" / "dataset_info.json", {})
+    lines(tmp_path / "saved" / "spans" / "store.json", {"schema_version": 1})
+    assert list(map(str, sources.local_files(str(tmp_path / "saved")))) == [info]

@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from span_cases import PROCESSES, num_words
+from span_cases import PROCESSES, num_words, write_rows
 
 from mta_ds.errors import UserError
 from mta_ds.files import sha256
+from mta_ds.spans import parse as parse_module
+from mta_ds.spans import rows as rows_module
 from mta_ds.spans import store as module
 from mta_ds.spans.parse import ParseConfig, parse
 from mta_ds.spans.records import text_hash
-from mta_ds.spans.store import SCHEMA, SpanStore
+from mta_ds.spans.store import SCHEMA, SpanStore, read_batches
 
 ROWS = [{"id": f"r{i}", "prompt": f"Say {i} things. Now!", "response": "A cat, " * (i + 1)} for i in range(12)]
 
@@ -74,6 +76,21 @@ def test_parts_are_plain_parquet_with_schema_and_origin(path: Path) -> None:
     assert json.loads(metadata[b"mta_ds.parser"])["name"] == "none"
 
 
+def test_rows_of_two_row_groups_are_never_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group ends after so many words: filled from several, a batch would grow with the length of the records."""
+    monkeypatch.setattr(rows_module, "FIELDS_AT_ONCE", 2)
+    monkeypatch.setattr(parse_module, "_WORDS_PER_GROUP", 20)
+    source = write_rows(tmp_path / "a.jsonl", ROWS)
+    parse(ParseConfig(inputs=(source,), output=tmp_path / "store", parser="none", workers=1))
+    part = tmp_path / "store" / "part-00000-of-00001.parquet"
+    metadata = pq.read_metadata(part)
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert len(groups) > 3 and sum(groups) == 24
+    assert [batch.num_rows for batch in read_batches(part, 4096)] == groups
+    assert [batch.num_rows for batch in read_batches(part, 1, ["field"])] == [1] * 24
+    assert [batch.num_rows for batch in SpanStore.open(tmp_path / "store")._batches] == groups
+
+
 def test_manifest_lists_parts_with_rows_and_hashes(path: Path) -> None:
     manifest = SpanStore.open(path).manifest
     assert [part.rows for part in manifest.parts] == [8, 8, 8]
@@ -81,14 +98,14 @@ def test_manifest_lists_parts_with_rows_and_hashes(path: Path) -> None:
     assert (manifest.counts.records, manifest.counts.fields) == (12, 24)
 
 
-def test_unfinished_store_names_the_missing_shards(path: Path) -> None:
+def test_unfinished_store_names_what_tells_more(path: Path) -> None:
     (path / "manifest.json").unlink()
     (path / "part-00001-of-00003.json").unlink()
-    with pytest.raises(UserError, match=r"not a complete span store.*1 of 3 shards are missing \(1\)"):
+    with pytest.raises(UserError, match=f"not a complete span store.*--status --output {path}'"):
         SpanStore.open(path)
     with pytest.raises(UserError, match="no such span store"):
         SpanStore.open(path / "elsewhere")
-    with pytest.raises(UserError, match="'mta-ds parse' makes a store"):
+    with pytest.raises(UserError, match="'mta-ds parse' makes what is missing"):
         SpanStore.open(path.parent)
 
 
