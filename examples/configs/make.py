@@ -11,6 +11,7 @@ from typing import NamedTuple
 FOLDER = Path(__file__).parent
 METHODS = {"sft": "SFT", "seqkd": "SeqKD", "fdd": "FDD", "distillm": "DistiLLM", "distillm2": "DistiLLM-2"}
 WITH_MTA = ("fdd", "distillm", "distillm2")
+PARSES_ITSELF = ("distillm2",)  # its models write the text of every epoch, and the records' own is not read
 
 
 class Pair(NamedTuple):
@@ -113,7 +114,7 @@ def render(pair: str, method: str, mta: bool) -> str:
         (
             _header(pair, method, mta),
             _models(pair, method, mta),
-            _parse(pair, method) if mta else "",
+            (PARSER if method in PARSES_ITSELF else PARSE) if mta else "",
             _data(pair, method, mta),
             _mta(PAIRS[pair], method) if mta else "mta: null\n",
             _loss(PAIRS[pair], method, mta),
@@ -132,7 +133,7 @@ def _header(pair: str, method: str, mta: bool) -> str:
         *([f"Published ROUGE-L (Dolly, Self-Instruct, Vicuna, S-NI): {scores}"] if scores else []),
         "",
         *_stages(pair, method, f"examples/configs/{name}.yaml"),
-        *(["  mta-ds parse examples/configs/{name}.yaml"] if mta else []),
+        *(["  mta-ds parse examples/configs/{name}.yaml"] if mta and method not in PARSES_ITSELF else []),
         "  mta-ds check examples/configs/{name}.yaml",
         "  mta-ds train examples/configs/{name}.yaml --nproc 1",
         "  mta-ds evaluate examples/configs/{name}.yaml",
@@ -173,34 +174,17 @@ student:
 {LORA if PAIRS[pair].lora else ""}"""
 
 
-def _parse(pair: str, method: str) -> str:
-    return f"""\
-parse:
-  inputs: [{_records(pair, method)}, data/dolly/dev.jsonl]
-  output: runs/dolly-spans
-  # the bundled Benepar model; the paper's own units are those of a spaCy model: parser: spacy:en_core_web_lg here, and
-  # choose: maximal in data.units (another parser needs another output)
-"""
-
-
 def _data(pair: str, method: str, mta: bool) -> str:
     # nobody reads a teacher in SFT, unless there is a validation set to compare it on
     validation = "" if method in ("sft", "seqkd") else "  validation: [data/dolly/dev.jsonl]\n"
-    spans = """\
-  spans: runs/dolly-spans
-  units:
-    labels: [NP, VP]
-    choose: innermost
-    words: in_phrases
-    fields: all
-"""
+    spans = "" if method in PARSES_ITSELF else "  spans: runs/dolly-spans\n"
     return f"""\
 data:
   train: [{_records(pair, method)}]
 {validation}  template: minillm
   max_length: 256
   max_prompt_length: 128
-{spans if mta else ""}"""
+{spans + UNITS if mta else ""}"""
 
 
 def _records(pair: str, method: str) -> str:
@@ -273,6 +257,28 @@ generation:
   max_length: 256
 """
 
+
+PARSE = """\
+parse:
+  inputs: [data/dolly/train.jsonl]
+  output: runs/dolly-spans
+  # the bundled Benepar model; the paper's own units are those of a spaCy model: parser: spacy:en_core_web_lg here, and
+  # choose: maximal in data.units (another parser needs another output)
+"""
+
+PARSER = """\
+# What the models write is parsed as they write it, by the bundled Benepar model. The paper's own units are those of a
+# spaCy model: choose: maximal in data.units, and a section that names it (its inputs and output are not read here):
+#   parse: {parser: spacy:en_core_web_lg, inputs: [data/dolly/train.jsonl], output: runs/dolly-spans}
+"""
+
+UNITS = """\
+  units:
+    labels: [NP, VP]
+    choose: innermost
+    words: in_phrases
+    fields: all
+"""
 
 LORA = """\
   lora:

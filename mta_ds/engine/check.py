@@ -7,11 +7,10 @@ from rich.table import Table
 
 from mta_ds.data import DatasetSummary, EncodedDataset, grouped_order, pad_share, sample_order
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.pair import Pair, check_prompts, prepare_pair
-from mta_ds.engine.setup import load_data, number_of_steps, student_zero_stage
+from mta_ds.engine.pair import Pair, check_parser, check_prompts, prepare_pair
+from mta_ds.engine.setup import check_deepspeed, load_data, number_of_steps, student_zero_stage
 from mta_ds.models import adapter_size, count_parameters, load_config
 from mta_ds.models.loading import model_outline
-from mta_ds.models.zero import read_deepspeed_config
 
 Rows = list[tuple[str, str]]
 
@@ -26,18 +25,18 @@ def check(config: RunConfig, world_size: int = 1) -> None:
         UserError: whatever would stop the run, in one line.
     """
     pair = prepare_pair(config)
-    student_zero_stage(config)
-    read_deepspeed_config(config.teacher.deepspeed)
+    check_deepspeed(config, on_this_machine=False)
     train, validation = load_data(config, pair.tokenizer, pair.method.pairs)
     check_prompts(pair.method, train)
+    check_parser(config, pair.method)
     rows = [
         *model_rows(config, pair),
         trainable_row(config, pair),
         *loss_rows(config, pair),
-        *data_rows("training", train.summary, config.regenerates),
-        *(data_rows("validation", validation.summary) if validation else []),
-        *plan_rows(config, len(train) // train.group, world_size),
-        padding_row(config, train),
+        *training_rows(config, train.summary),
+        *([data_row("validation", validation.summary)] if validation else []),
+        *plan_rows(config, pair.method.pairs, len(train) // train.group, world_size),
+        *([] if config.regenerates else [padding_row(config, train)]),
     ]
     table = Table(title=f"Plan of {config.run_dir}", show_header=False, title_justify="left")
     for name, value in rows:
@@ -71,7 +70,7 @@ def trainable_row(config: RunConfig, pair: Pair) -> tuple[str, str]:
     if lora is None:
         return "trained", "all of the student's parameters"
     trusted = config.student.trust_remote_code
-    size = adapter_size(load_config(pair.student_dir, trusted), lora, trusted)
+    size = adapter_size(model_outline(load_config(pair.student_dir, trusted), trusted), lora)
     targets = lora.targets if isinstance(lora.targets, str) else " ".join(lora.targets)
     dropout = f"{lora.dropout:g}" if config.train.dropout else "off"
     return (
@@ -92,36 +91,34 @@ def loss_rows(config: RunConfig, pair: Pair) -> Rows:
     return [*rows, ("key layers", f"student ← teacher: {pairs}")]
 
 
-def data_rows(name: str, summary: DatasetSummary, regenerated: bool = False) -> Rows:
-    """Size of a data set, and how much of it MTA can reach, unless it is ``regenerated`` at each epoch."""
-    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items()))
-    changed = summary.changed_fields
-    without = f"; {changed} fields have none, the template changed them" if changed else ""
-    return [
-        (
-            f"{name} data",
-            f"{summary.records} records, {summary.tokens} tokens, {summary.label_tokens} with a label; "
-            f"left out: {dropped or 'none'}",
-        ),
-        (
-            f"{name} spans",
-            "those of the responses that are written and parsed at each epoch"
-            if regenerated
-            else f"{_share(summary.with_spans, summary.records)} of the records have spans, "
-            f"which cover {_share(summary.covered_tokens, summary.tokens)} of the tokens{without}",
-        ),
-    ]
+def training_rows(config: RunConfig, summary: DatasetSummary) -> Rows:
+    """Size of the training set and how much of it MTA can reach, as far as it is known before a step."""
+    size, reached = data_row("training", summary), ("training spans", _reached(summary))
+    if config.regenerates:
+        size = ("training data", f"{summary.records} records, answered at each epoch; left out: {_left_out(summary)}")
+        reached = ("training spans", "those of the texts that are written and parsed at each epoch")
+    return [size] if config.mta is None else [size, reached]
 
 
-def plan_rows(config: RunConfig, num_records: int, world_size: int) -> Rows:
+def data_row(name: str, summary: DatasetSummary) -> tuple[str, str]:
+    """Size of a data set."""
+    return (
+        f"{name} data",
+        f"{summary.records} records, {summary.tokens} tokens, {summary.label_tokens} with a label; "
+        f"left out: {_left_out(summary)}",
+    )
+
+
+def plan_rows(config: RunConfig, pairs: bool, num_records: int, world_size: int) -> Rows:
     """Batch, steps and precision."""
     train = config.train
     global_batch = train.micro_batch_size * train.gradient_accumulation_steps * world_size
     steps = number_of_steps(train, num_records, world_size)
+    what = f"pairs a step ({2 * global_batch} sequences)" if pairs else "sequences a step"
     return [
         (
             "batch",
-            f"{global_batch} sequences a step = {train.micro_batch_size} × {train.gradient_accumulation_steps} "
+            f"{global_batch} {what} = {train.micro_batch_size} × {train.gradient_accumulation_steps} "
             f"accumulated × {world_size} rank{'s' * (world_size != 1)}",
         ),
         ("steps", f"{steps}, {steps * global_batch / num_records:.2f} epochs, warm-up {train.warmup_steps}"),
@@ -139,6 +136,19 @@ def padding_row(config: RunConfig, data: EncodedDataset) -> tuple[str, str]:
     state = "as set" if train.length_grouping else "not set"
     text = f"{100 * drawn:.0f} % of a batch's positions; {100 * grouped:.0f} % with length_grouping: {block} ({state})"
     return "padding", text
+
+
+def _reached(summary: DatasetSummary) -> str:
+    changed = summary.changed_fields
+    without = f"; {changed} fields have none, the template changed them" if changed else ""
+    return (
+        f"{_share(summary.with_spans, summary.records)} of the records have spans, "
+        f"which cover {_share(summary.covered_tokens, summary.tokens)} of the tokens{without}"
+    )
+
+
+def _left_out(summary: DatasetSummary) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items())) or "none"
 
 
 def _share(part: int, whole: int) -> str:

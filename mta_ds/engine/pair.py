@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
-from mta_ds.data import EncodedDataset
+from mta_ds.data import EncodedDataset, read_manifest
 from mta_ds.engine import distributed
 from mta_ds.engine.config import RunConfig
 from mta_ds.errors import UserError
@@ -18,6 +18,7 @@ from mta_ds.models import (
     KeyLayer,
     Tokenizer,
     adapter_size,
+    check_positions,
     cut_layers,
     load_config,
     load_tokenizer,
@@ -31,6 +32,7 @@ from mta_ds.models import (
 )
 from mta_ds.models.body import final_norm
 from mta_ds.models.loading import model_outline
+from mta_ds.spans.parser import load_parser
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ def prepare_pair(config: RunConfig) -> Pair:
     """Resolve both models, make the student's starting folder if need be, and check that they fit each other.
 
     Raises:
-        UserError: a folder is missing, the vocabularies or EOS differ, or a key layer does not exist.
+        UserError: a folder is missing, the vocabularies or EOS differ, a model has fewer positions than
+            ``data.max_length``, or a key layer does not exist.
     """
     teacher_dir = teacher_folder(config)
     student_dir = distributed.on_rank_zero_first(lambda: student_folder(config, teacher_dir))
@@ -62,8 +65,9 @@ def prepare_pair(config: RunConfig) -> Pair:
     for name, model in (("teacher", teacher), ("student", student)):
         if model.vocab_size < vocab_size:
             raise UserError(f"{name}: the model has {model.vocab_size} embeddings, its tokenizer {vocab_size} ids")
+        check_positions(model, f"the {name}", {"data.max_length": config.data.max_length})
     if config.student.lora is not None:  # finds a wrong target now, not when the data is encoded
-        adapter_size(student, config.student.lora, config.student.trust_remote_code)
+        adapter_size(model_outline(student, config.student.trust_remote_code), config.student.lora)
     depths = (student.num_hidden_layers, teacher.num_hidden_layers)
     method = choose_method(config, vocab_size, *depths)
     check_heads(method.key_layers.values(), method, "student", student, config.student.trust_remote_code)
@@ -97,7 +101,7 @@ def student_folder(config: RunConfig, teacher_dir: Path) -> Path:
     if source.config is not None:
         if not source.config.exists():
             raise UserError(f"student.config: {source.config}: no such file")
-        return random_student(source.config, config.train.seed, teacher_dir, output)
+        return random_student(source.config, config.train.seed, teacher_dir, output, source.trust_remote_code)
     assert source.teacher_layers is not None  # StudentConfig holds exactly one source
     return cut_layers(teacher_dir, source.teacher_layers, output, config.teacher.trust_remote_code)
 
@@ -182,3 +186,35 @@ def check_prompts(method: Method, train: EncodedDataset) -> None:
             f"record {train[int(without[0])].record_id}: has no prompt, and the student is to answer it in rollouts; "
             "leave out records of text alone, or choose a method without rollouts"
         )
+
+
+def check_parser(config: RunConfig, method: Method) -> None:
+    """Text that the models write is parsed as the records were: told now, not at the first text.
+
+    Raises:
+        UserError: the YAML's parser cannot be loaded, or is not the one that the span store was made with.
+    """
+    if config.mta is None:
+        return
+    section, store = config.parse, config.data.spans
+    parses = config.regenerates or (method.rollouts is not None and method.rollouts.parser_workers > 0)
+    if not parses and (section is None or section.output != store):
+        return
+    named = section.parser if section is not None else None
+    parser = load_parser(named)
+    made_with = read_manifest(store).parser if store is not None else None
+    if made_with is None or parser.fingerprint == made_with.fingerprint:
+        return
+    ours = f"parse.parser: {named}"
+    if named is None:
+        ours = f"no {'section parse' if section is None else 'parse.parser'}, so the bundled one"
+    raise UserError(
+        f"{store}: parsed by '{made_with.name}', another parser than the config's ({ours}); name the store's in "
+        "parse.parser, or parse again into another folder"
+    )
+
+
+def reads_final_state(config: RunConfig, method: Method) -> bool:
+    """Whether anything reads the teacher's final state: the loss, token weights by entropy, or a validation's KL."""
+    by_entropy = config.mta is not None and config.mta.teacher_weights == "entropy"
+    return method.divergence.needs_teacher or by_entropy or bool(config.data.validation)

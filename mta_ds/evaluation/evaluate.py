@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -40,6 +40,7 @@ from mta_ds.evaluation.generation import (
     DecodingConfig,
     GenerationConfig,
     Generator,
+    PromptConfig,
     end_tokens,
     generate,
     response_text,
@@ -47,7 +48,7 @@ from mta_ds.evaluation.generation import (
 from mta_ds.evaluation.rouge import rouge_l
 from mta_ds.evaluation.validation import Validation, model_scorer, validate
 from mta_ds.files import sha256, write_atomic
-from mta_ds.models import Dtype, load_tokenizer, vocabulary_size
+from mta_ds.models import Dtype, check_positions, load_config, load_tokenizer, vocabulary_size
 from mta_ds.models.loading import Quantization
 from mta_ds.models.placement import load_whole
 
@@ -56,13 +57,11 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("mta-ds", "torch", "transformers", "tokenizers", "rouge-score")
 
 
-class EvaluationConfig(DecodingConfig):
+class EvaluationConfig(PromptConfig):
     """What is scored and how text is generated; the defaults are the protocol of METHOD §9."""
 
     records: tuple[str, ...] = ()
     """Records to evaluate on (files, folders, globs); ``data.validation`` if empty."""
-    max_prompt_length: int = Field(default=256, ge=1)
-    """Tokens of a prompt that generation starts from."""
     do_sample: bool = True
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """One pass of sampling for each; greedy decoding needs none and makes one pass."""
@@ -70,14 +69,6 @@ class EvaluationConfig(DecodingConfig):
     """Generate text and score it; off, only the losses are computed."""
     max_records: int | None = Field(default=None, ge=1)
     """Most records to generate for, from the first on; the losses are always over all."""
-
-    @model_validator(mode="after")
-    def _room_for_a_response(self) -> EvaluationConfig:
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length})"
-            )
-        return self
 
     def passes(self) -> dict[str, GenerationConfig]:
         """The settings of every pass of generation, under its name: the seed, or "greedy"."""
@@ -124,7 +115,8 @@ def evaluate(
         name), ``seconds`` and ``settings``.
 
     Raises:
-        UserError: a folder is no model, vocabularies differ, no records, or none has a reference to compare with.
+        UserError: a folder is no model, a length is beyond its positions, vocabularies differ, no records, or none has
+            a reference to compare with.
     """
     began = time.monotonic()
     inputs = config.records or data.validation
@@ -132,9 +124,11 @@ def evaluate(
         raise UsageError("evaluation.records: nothing to evaluate on; name record files there or in data.validation")
     model = load_whole(student, dtype, device=device, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(student, trust_remote_code)
-    _check_positions(model, student, config, data)
+    of_records = {"data.max_length": data.max_length}
+    check_positions(model.config, student, {"evaluation.max_length": config.max_length} | of_records)
     load_teacher = None
     if teacher is not None:
+        check_positions(load_config(teacher, teacher_code), teacher, of_records)
         _check_vocabularies(tokenizer, load_tokenizer(teacher, teacher_code), teacher)
         load_teacher = partial(
             load_whole, teacher, dtype, device=device, trust_remote_code=teacher_code, quantization=quantization
@@ -245,15 +239,6 @@ def _check_vocabularies(student: Tokenizer, teacher: Tokenizer, folder: Path) ->
             f"{folder}: the teacher's vocabulary ({len(teacher)} tokens) is not the student's ({len(student)}); "
             "KL needs equal ones; evaluate without a teacher"
         )
-
-
-def _check_positions(model: PreTrainedModel, folder: Path, config: EvaluationConfig, data: DataConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(
-        ("evaluation.max_length", config.max_length), ("data.max_length", data.max_length), key=lambda x: x[1]
-    )
-    if limit is not None and longest[1] > limit:
-        raise UserError(f"{longest[0]}: {longest[1]} tokens, but {folder} has {limit} positions; set it to {limit}")
 
 
 def _settings(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -28,20 +28,20 @@ from mta_ds.data import (
     Record,
     Reject,
     answered,
-    encode_prompt,
     local_files,
     parse_row,
     part_name,
     read_rows,
     reject_log,
     to_line,
+    whole_prompt,
 )
 from mta_ds.errors import UsageError, UserError
 from mta_ds.evaluation.evaluate import model_hashes
 from mta_ds.evaluation.generated import GeneratedManifest, GeneratedPart, ResponseCounts, claim, complete_part, finish
-from mta_ds.evaluation.generation import GenerationConfig, end_tokens, generate, response_text
+from mta_ds.evaluation.generation import GenerationConfig, PromptConfig, end_tokens, generate, response_text
 from mta_ds.files import atomic_path, sha256, write_atomic
-from mta_ds.models import Dtype, load_config, load_tokenizer
+from mta_ds.models import Dtype, check_positions, load_config, load_tokenizer
 from mta_ds.models.loading import Quantization
 from mta_ds.models.placement import load_whole
 
@@ -49,11 +49,13 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _PACKAGES = ("mta-ds", "torch", "transformers", "tokenizers")
-_UNLIMITED = sys.maxsize
 
 
-class GenerateConfig(GenerationConfig):
-    """Which model answers which prompts, and how; sampling by default, as in METHOD §8 and §9."""
+class GenerateConfig(GenerationConfig, PromptConfig):
+    """Which model answers which prompts, and how; sampling by default, as in METHOD §8 and §9.
+
+    Prompts beyond ``max_prompt_length`` are cut or left out, as ``data.long_prompts`` says.
+    """
 
     inputs: tuple[str, ...] = ()
     """Records whose prompts are answered (files, folders, globs, ``datasets`` names); ``data.train`` if empty."""
@@ -63,17 +65,7 @@ class GenerateConfig(GenerationConfig):
     """"teacher"; "student", the run's export or, before there is one, the model that it starts from; or a folder."""
     num_shards: int = Field(default=8, ge=1)
     """Parts of the output: what a job array shares out, and what a killed task need not make again."""
-    max_prompt_length: int = Field(default=256, ge=1)
-    """Tokens of a prompt, its first; ``data.long_prompts`` says whether longer ones are cut or left out."""
     do_sample: bool = True
-
-    @model_validator(mode="after")
-    def _room_for_a_response(self) -> GenerateConfig:
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length})"
-            )
-        return self
 
 
 class Response(NamedTuple):
@@ -138,7 +130,7 @@ def write_responses(
     if not inputs:
         raise UsageError("generation.inputs: no prompts; name record files there or in data.train")
     _refuse_output_in_input(output, inputs)
-    _check_positions(model_dir, config, trust_remote_code)
+    check_positions(load_config(model_dir, trust_remote_code), model_dir, {"generation.max_length": config.max_length})
     tokenizer = load_tokenizer(model_dir, trust_remote_code)
     precision = dtype if quantization is None else f"{dtype}, {quantization}"
     claim(output, _identity(model_dir, inputs, config, data, precision))
@@ -163,7 +155,7 @@ def answer_shard(
     config: GenerateConfig,
     data: DataConfig,
     shard_index: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda number: None,
 ) -> None:
     """Answer one shard with a model that is in memory, unless it is complete; :func:`finish` completes the folder.
 
@@ -185,7 +177,7 @@ def _write_part(
     config: GenerateConfig,
     data: DataConfig,
     index: int,
-    told: Callable[[int], None] | None = None,
+    told: Callable[[int], None] = lambda number: None,
 ) -> None:
     name = part_name(index, config.num_shards)
     path = output / f"{name}.jsonl"
@@ -226,14 +218,13 @@ def _questions(
     leave_out: Callable[[Reject], None],
 ) -> Iterator[_Question]:
     """The records of a shard that can be asked, with the prompts that training would give them."""
-    whole = data.model_copy(update={"max_prompt_length": _UNLIMITED})
     limit = config.max_prompt_length
     for where, row in read_rows(inputs, num_shards=config.num_shards, shard_index=index):
         record = parse_row(row, where)
         if isinstance(record, Reject):
             raise UserError(f"{where}: {record.reason}; mend or remove the row")
         tally["records"] += 1
-        prompt = encode_prompt(record, whole, tokenizer) if record.format != "text" else []
+        prompt = whole_prompt(record, data, tokenizer)
         if not prompt:
             tally["no_prompt"] += 1
             leave_out(Reject(where, "no prompt to answer", record.id))
@@ -249,14 +240,6 @@ def _refuse_output_in_input(output: Path, inputs: Sequence[str]) -> None:
     for source in inputs:
         if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
             raise UsageError(f"{output}: lies in the input folder {source}, and would be read as records")
-
-
-def _check_positions(folder: Path, config: GenerateConfig, trust_remote_code: bool) -> None:
-    limit = getattr(load_config(folder, trust_remote_code), "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise UserError(
-            f"generation.max_length: {config.max_length} tokens, but {folder} has {limit} positions; set it to {limit}"
-        )
 
 
 def _identity(
@@ -281,34 +264,30 @@ def _identity(
 
 
 @contextmanager
-def _progress(shard: str, total: int, told: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
-    """Yield what is told the number of prompts that are done, and tells ``told``."""
-    with _shown(shard, total) as show:
+def _progress(shard: str, total: int, told: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """Yield what is called with the number of prompts of each batch: it shows what is done, and tells ``told``.
 
-        def on_batch(number: int) -> None:
-            show(number)
-            if told is not None:
-                told(number)
-
-        yield on_batch
-
-
-@contextmanager
-def _shown(shard: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show what is done: a bar on a terminal, else a line every ten seconds."""
+    A bar on a terminal, else a line every ten seconds.
+    """
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
 
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task(f"generate {shard}", total=total)
-            yield lambda number: bar.advance(task, number)
+
+            def advance(number: int) -> None:
+                bar.advance(task, number)
+                told(number)
+
+            yield advance
         return
     began = shown = time.monotonic()
     done = 0
 
     def on_batch(number: int) -> None:
         nonlocal done, shown
+        told(number)
         done += number
         now = time.monotonic()
         if now - shown > 10 or done == total:

@@ -1,18 +1,20 @@
 """Generate responses to tokenized prompts, in batches, behind one function type.
 
-Whoever needs text from a model (evaluation, rollouts) asks a :data:`Generator`; :func:`generate` with a plain
-transformers model is the one here, a served model is another function of the same type.
+Evaluation asks a :data:`Generator`; :func:`generate` with a plain transformers model is the one here, a served model is
+another function of the same type. Rollouts and ``mta-ds generate`` call :func:`generate` itself, since they name each
+prompt's random stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 import torch
 import transformers
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -25,9 +27,11 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from mta_ds.config import Section
-from mta_ds.models import vocabulary_size
+from mta_ds.models import positions_in_table, vocabulary_size
 
 Prompts = Sequence[Sequence[int]]
+
+_ONE = 2.0**52  # a probability of 1, of which a sum over any vocabulary stays exact in fp64 and fits in int64
 
 
 class DecodingConfig(Section):
@@ -45,6 +49,21 @@ class DecodingConfig(Section):
     max_length: int = Field(default=512, ge=2)
     """Most tokens of prompt and response together."""
     batch_size: int = Field(default=16, ge=1)
+
+
+class PromptConfig(DecodingConfig):
+    """Decoding after the prompts of records, which may be too long."""
+
+    max_prompt_length: int = Field(default=256, ge=1)
+    """Tokens of a prompt, its first."""
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> Self:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be smaller than max_length ({self.max_length})"
+            )
+        return self
 
 
 class GenerationConfig(DecodingConfig):
@@ -95,12 +114,9 @@ def generate(
             raise ValueError(
                 f"prompts[{index}]: {len(prompt)} tokens; must be 1 to max_length - 1 = {config.max_length - 1}"
             )
-    # Alike lengths share a batch, so padding is small; the longest come first, so memory runs out early or not at all.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     responses: list[list[int]] = [[] for _ in prompts]
     with _bare(model):
-        for start in range(0, len(order), config.batch_size):
-            chosen = order[start : start + config.batch_size]
+        for chosen in _batches(prompts, config, positions_in_table(model)):
             batch = _generate_batch(model, tokenizer, [prompts[i] for i in chosen], [keys[i] for i in chosen], config)
             for index, response in zip(chosen, batch, strict=True):
                 responses[index] = response
@@ -120,6 +136,27 @@ def response_text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int])
     """A response as text, without its end token and other special tokens, its white space as it was generated."""
     kept = [i for i in ids if i not in ends]
     return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _batches(prompts: Prompts, config: GenerationConfig, limit: int | None) -> Iterator[list[int]]:
+    """The prompts that run together, by their indices.
+
+    Alike lengths share a batch, so padding is small; the longest come first, so memory runs out early or not at all.
+
+    Args:
+        limit: the model's positions, where it fails behind them. transformers counts on in every row, finished or not,
+            until the batch ends: no response may have more tokens than the batch's longest prompt has positions left.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True):
+        if batch:
+            end = len(prompts[batch[0]]) + config.budget(len(prompts[index]))
+            if len(batch) == config.batch_size or (limit is not None and end > limit):
+                yield batch
+                batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _generate_batch(
@@ -193,7 +230,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Leaves one token a row, drawn by inverting the cumulative distribution at the row's own random number.
 
     One number per (seed, key, position) instead of a generator shared by the batch: the draw depends neither on the
-    batch nor on the order of batches, and costs one cumulative sum.
+    batch nor on the order of batches, and costs one cumulative sum, of integers: a GPU adds floats in any order.
     """
 
     def __init__(self, seed: int, keys: Sequence[int], num_tokens: int) -> None:
@@ -202,11 +239,11 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         self.position = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)  # [B, V]
+        cumulative = scores.softmax(-1).double().mul_(_ONE).long().cumsum_(-1)  # [B, V]
         uniform = self.uniform[:, self.position, None].to(scores.device)
         self.position += 1
         # The first token whose cumulative probability passes the number: one of probability 0 never is.
-        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1:]).long(), right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 

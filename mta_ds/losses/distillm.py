@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from mta_ds.losses.divergences import describe, make_divergence
-from mta_ds.losses.method import Method, OnPolicyConfig, Source
+from mta_ds.losses.method import Method, OnPolicyConfig, Setting, Source
 from mta_ds.ops import Divergence, DivergenceName
 
 Schedule = Literal["decreasing", "constant", "increasing"]
@@ -29,6 +29,13 @@ class DistiLLMConfig(OnPolicyConfig):
     """How far the held-out loss may rise, in nats, before φ grows."""
     buffer_size: int = Field(default=1000, ge=1)
     """Sequences of the replay buffer, over all ranks; the oldest go first."""
+
+    @property
+    def adapts(self) -> bool:
+        return self.phi_step > 0
+
+    def make(self, setting: Setting) -> Method:
+        return DistiLLM(self, make_divergence(self, setting.vocab_size))
 
 
 class DistiLLM(Method):
@@ -69,8 +76,3 @@ class DistiLLM(Method):
     def load_state(self, state: Mapping[str, float]) -> None:
         self.phi = state["phi"]
         self.previous = state.get("previous_loss")
-
-
-def make_distillm(config: DistiLLMConfig, vocab_size: int | None) -> DistiLLM:
-    """The method of a :class:`DistiLLMConfig`."""
-    return DistiLLM(config, make_divergence(config, vocab_size))

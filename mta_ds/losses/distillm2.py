@@ -9,22 +9,22 @@ teacher's and the student's probability of a response's labels (geometric mean),
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from mta_ds.config import Section
-from mta_ds.losses.method import BaseLoss, Method, MicroStep, Teacher
+from mta_ds.losses.method import BaseLoss, Method, MethodConfig, MicroStep, Setting, Teacher
 from mta_ds.ops import IGNORED, Divergence, HeadGradient, label_log_probs
+from mta_ds.ops.layout import beside
 
 _SMALLEST_ALPHA = 0.01
 
 
-class DistiLLM2Config(Section):
-    """DistiLLM-2; the records are ``{prompt, chosen, rejected}``, as ``mta-ds generate --pair-with`` writes them, or
-    any with prompts if they are answered at each epoch."""
+class DistiLLM2Config(MethodConfig):
+    """DistiLLM-2; the records are ``{prompt, chosen, rejected}``, as ``mta-ds generate --pair-with`` writes them; any
+    with a response for ``regenerate: rejected``, any with a prompt for ``both``."""
 
     method: Literal["distillm2"]
     alpha: float = Field(default=0.1, gt=_SMALLEST_ALPHA, lt=1)
@@ -34,11 +34,25 @@ class DistiLLM2Config(Section):
     alpha_curriculum: bool = True
     """Fit α to how far teacher and student are apart on a response, which costs another pass through both heads."""
     gap_steps: int = Field(default=100, ge=1)
-    """Steps over which the mean gap between teacher and student is taken; then it is frozen."""
+    """Steps over which ``alpha_curriculum`` takes the mean gap between teacher and student; then it is frozen."""
     regenerate: Literal["rejected", "both"] | None = None
     """Write responses to the prompts of ``data.train`` anew at the start of each epoch, as section ``generation`` says:
     the student's alone, or the teacher's too. Whole copies stand on every rank one after the other meanwhile; one that
     does not fit is refused."""
+
+    @model_validator(mode="after")
+    def _options_belong(self) -> Self:
+        if "gap_steps" in self.model_fields_set and not self.alpha_curriculum:
+            raise ValueError("gap_steps is an option of alpha_curriculum, which is off; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_options(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written down can be read back."""
+        return {n: value for n, value in serialize(self).items() if n != "gap_steps" or self.alpha_curriculum}
+
+    def make(self, setting: Setting) -> Method:
+        return DistiLLM2(self, setting.vocab_size)
 
 
 class DistiLLM2(Method):
@@ -140,8 +154,8 @@ class PairLoss(BaseLoss):
             gaps = -gaps
         mine = torch.tensor([is_rejected == (half == "rejected") for is_rejected in micro.rejected])
         pairs = max(1, micro.counts.sequences // 2)
-        shares[f"gap/{half}"] = (gaps * mine.to(gaps.device)).sum() / pairs
-        lengths = micro.cu_seqlens.diff().to(gaps.device)
+        shares[f"gap/{half}"] = (gaps * beside(mine, gaps.device)).sum() / pairs
+        lengths = beside(micro.cu_seqlens.diff(), gaps.device)
         return self.method.alphas(gaps, half).repeat_interleave(lengths, output_size=len(micro.final))
 
 
@@ -163,12 +177,9 @@ def sequence_of_labels(targets: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def response_probabilities(log_probs: Tensor, owners: Tensor, micro: MicroStep) -> Tensor:
     """exp(mean label log-probability) of each sequence [B]; 1 where a sequence has no label."""
-    num_sequences = len(micro.rejected)
-    labels = torch.bincount(owners, minlength=num_sequences).clamp_min(1).to(log_probs.device)
-    sums = log_probs.new_zeros(num_sequences).index_add(0, owners.to(log_probs.device), log_probs)
+    labels = torch.bincount(owners, minlength=len(micro.rejected))
+    bounds = torch.cat([labels.new_zeros(1), labels.cumsum(0)])
+    labels, bounds = (beside(each, log_probs.device) for each in (labels.clamp_min(1), bounds))
+    # owners are sorted: each sum in its own order, where a GPU would add scattered ones up in any
+    sums = torch.segment_reduce(log_probs, "sum", offsets=bounds, unsafe=True)
     return (sums / labels).exp()
-
-
-def make_distillm2(config: DistiLLM2Config, vocab_size: int | None) -> DistiLLM2:
-    """The method of a :class:`DistiLLM2Config`."""
-    return DistiLLM2(config, vocab_size)

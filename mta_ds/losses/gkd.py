@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from mta_ds.losses.divergences import describe, make_divergence
-from mta_ds.losses.method import Method, OnPolicyConfig, Source
+from mta_ds.losses.method import Method, OnPolicyConfig, Setting, Source
 from mta_ds.ops import Divergence, DivergenceName
 
 
@@ -21,6 +21,9 @@ class GKDConfig(OnPolicyConfig):
     divergence: DivergenceName = "jsd"
     on_policy_share: float = Field(default=0.5, ge=0, le=1)
     """λ: share of the steps whose responses the student writes."""
+
+    def make(self, setting: Setting) -> Method:
+        return GKD(self, make_divergence(self, setting.vocab_size))
 
 
 class GKD(Method):
@@ -36,8 +39,3 @@ class GKD(Method):
 
     def source(self, step: int, num_steps: int, draw: float, buffer_full: bool) -> Source:
         return Source.STUDENT if draw < self.on_policy_share else Source.DATA
-
-
-def make_gkd(config: GKDConfig, vocab_size: int | None) -> GKD:
-    """The method of a :class:`GKDConfig`."""
-    return GKD(config, make_divergence(config, vocab_size))

@@ -1,8 +1,8 @@
 """What every base method has in common: where a step's sequences come from, and what is optimised on them.
 
-A run has one :class:`Method`. For each micro-batch it starts a :class:`BaseLoss`, which sees the teacher's key layers
-as they are emitted, then both final states, and returns a loss. A new method is one module with a config and a
-subclass of either, and its line in ``losses/methods.py``.
+A run has one :class:`Method`, which its :class:`MethodConfig` makes. For each micro-batch it starts a
+:class:`BaseLoss`, which sees the teacher's key layers as they are emitted, then both final states, and returns a loss.
+A new method is one module with a config and a subclass of either, and its line in ``losses/methods.py``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,33 @@ class Source(Enum):
     """Earlier rollouts."""
 
 
+class Setting(NamedTuple):
+    """What a method is told of the run around it."""
+
+    vocab_size: int | None
+    """Ids that mean something; heads are cut to it."""
+    key_layers: Mapping[int, int]
+    """Teacher layer -> student layer, lowest first, for a method that compares layers."""
+    top_layers: tuple[int, int]
+    """The student's last and the teacher's."""
+    beside_mta: bool
+    """Whether MTA runs as well."""
+
+
+class MethodConfig(Section):
+    """What the section ``loss`` of every method has."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the method changes with the validation loss: then validations come once an epoch unless the config
+        says, and may not come at other steps when a run is resumed."""
+        return False
+
+    def make(self, setting: Setting) -> Method:
+        """The method."""
+        raise NotImplementedError
+
+
 class KeyLayerOptions(Section):
     """Which student layers are aligned with which teacher layers (METHOD §7)."""
 
@@ -69,7 +96,7 @@ class RolloutConfig(Section):
     """Parser processes of each rank; 0 parses nothing, and MTA passes over rollouts."""
 
 
-class OnPolicyConfig(DivergenceConfig):
+class OnPolicyConfig(MethodConfig, DivergenceConfig):
     """What methods have in common that train on the student's own text: it is no label, so they need the teacher."""
 
     rollouts: RolloutConfig = RolloutConfig()
@@ -211,11 +238,6 @@ class Method:
     def __init__(self, divergence: Divergence) -> None:
         self.divergence = divergence
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss depends on the teacher at all."""
-        return self.divergence.needs_teacher or bool(self.key_layers)
-
     def describe(self) -> str:
         """What is optimised, in one line."""
         return f"kd, {describe(self.divergence)}"
@@ -250,12 +272,10 @@ class Method:
         """Go on from a checkpoint's :meth:`state`."""
 
 
-class KDConfig(DivergenceConfig):
+class KDConfig(MethodConfig, DivergenceConfig):
     """Distillation on the data set's own responses."""
 
     method: Literal["kd"] = "kd"
 
-
-def make_kd(config: KDConfig, vocab_size: int | None) -> Method:
-    """The method of a :class:`KDConfig`."""
-    return Method(make_divergence(config, vocab_size))
+    def make(self, setting: Setting) -> Method:
+        return Method(make_divergence(self, setting.vocab_size))

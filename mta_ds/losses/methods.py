@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Discriminator, Tag
 
-from mta_ds.losses.distillm import DistiLLMConfig, make_distillm
-from mta_ds.losses.distillm2 import DistiLLM2Config, make_distillm2
-from mta_ds.losses.fdd import FDDConfig, make_fdd
-from mta_ds.losses.gkd import GKDConfig, make_gkd
-from mta_ds.losses.method import KDConfig, Method, make_kd
+from mta_ds.losses.distillm import DistiLLMConfig
+from mta_ds.losses.distillm2 import DistiLLM2Config
+from mta_ds.losses.fdd import FDDConfig
+from mta_ds.losses.gkd import GKDConfig
+from mta_ds.losses.method import KDConfig, Method, MethodConfig, Setting
 
-METHODS = ("kd", "distillm", "distillm2", "fdd", "gkd")
+_Choice = (
+    Annotated[KDConfig, Tag("kd")]
+    | Annotated[DistiLLMConfig, Tag("distillm")]
+    | Annotated[DistiLLM2Config, Tag("distillm2")]
+    | Annotated[FDDConfig, Tag("fdd")]
+    | Annotated[GKDConfig, Tag("gkd")]
+)
+METHODS: tuple[str, ...] = tuple(choice.__metadata__[0].tag for choice in get_args(_Choice))
 
 
 def _method_of(value: Any) -> Any:
@@ -22,11 +29,7 @@ def _method_of(value: Any) -> Any:
 
 
 LossConfig = Annotated[
-    Annotated[KDConfig, Tag("kd")]
-    | Annotated[DistiLLMConfig, Tag("distillm")]
-    | Annotated[DistiLLM2Config, Tag("distillm2")]
-    | Annotated[FDDConfig, Tag("fdd")]
-    | Annotated[GKDConfig, Tag("gkd")],
+    _Choice,
     Discriminator(
         _method_of,
         custom_error_type="unknown_method",
@@ -36,28 +39,11 @@ LossConfig = Annotated[
 
 
 def make_method(
-    config: KDConfig | DistiLLMConfig | DistiLLM2Config | FDDConfig | GKDConfig,
+    config: MethodConfig,
     vocab_size: int | None = None,
     key_layers: Mapping[int, int] | None = None,
     top_layers: tuple[int, int] = (0, 0),
     beside_mta: bool = False,
 ) -> Method:
-    """The method of a config.
-
-    Args:
-        vocab_size: ids that mean something; heads are cut to it.
-        key_layers: teacher layer -> student layer, lowest first, for a method that compares layers.
-        top_layers: the student's last and the teacher's.
-        beside_mta: whether MTA runs as well.
-    """
-    match config:
-        case DistiLLMConfig():
-            return make_distillm(config, vocab_size)
-        case DistiLLM2Config():
-            return make_distillm2(config, vocab_size)
-        case FDDConfig():
-            return make_fdd(config, vocab_size, key_layers or {}, top_layers, beside_mta)
-        case GKDConfig():
-            return make_gkd(config, vocab_size)
-        case KDConfig():
-            return make_kd(config, vocab_size)
+    """The method of a config, in a run as :class:`Setting` describes it."""
+    return config.make(Setting(vocab_size, key_layers or {}, top_layers, beside_mta))

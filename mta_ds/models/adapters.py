@@ -16,21 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mta_ds.errors import UserError
 from mta_ds.files import atomic_folder, sha256
-from mta_ds.models.initialise import copy_tokenizer
-from mta_ds.models.loading import load_config
+from mta_ds.models.initialise import INDEX, copy_code, copy_tokenizer, weight_files
+from mta_ds.models.loading import load_config, model_outline
 from mta_ds.models.lora import add_low_rank
 
 _FORMAT = 1  # of the merge: a change makes old caches stale
-_INDEX = "model.safetensors.index.json"
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _PREFIX = "base_model.model."
 # Options that change what an adapter's tensors mean, or the model around them.
@@ -138,8 +136,7 @@ def merge(base: Path, adapter: Adapter, output: Path, trust_remote_code: bool = 
     config = load_config(base, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{base}: its weights are quantised; merging needs a model in bfloat16, float16 or float32")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    skeleton = model_outline(config, trust_remote_code)
     transposed = _check_fit(adapter, skeleton, base)
     files = weight_files(base)
     stored: set[str] = set()
@@ -171,24 +168,11 @@ def merge(base: Path, adapter: Adapter, output: Path, trust_remote_code: bool = 
                     change = adapter.low_rank[module]
                     shard[name] = add_low_rank(weight, change.a, change.b, change.scale, transposed[module])
             save_file(shard, folder / file.name, {"format": "pt"})
-        for file in (base / "config.json", base / _INDEX, *base.glob("*.py")):
+        for file in (base / "config.json", base / INDEX):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+        copy_code(base, folder)
         copy_tokenizer(base, folder)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a model, as its index names them.
-
-    Raises:
-        UserError: there are none.
-    """
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder}: merging an adapter needs weights in safetensors; save_pretrained writes them")
-    return [folder / "model.safetensors"]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import assert_same_run, read_metrics, run_command, train, write_config
@@ -11,7 +12,9 @@ from support import assert_same_run, read_metrics, run_command, train, write_con
 from mta_ds.config import load
 from mta_ds.engine import RunConfig, check
 from mta_ds.engine.train import train as train_here
+from mta_ds.engine.train import validate_every
 from mta_ds.errors import UserError
+from mta_ds.losses import DistiLLMConfig, KDConfig
 
 FDD = {"method": "fdd", "divergence": "fkl"}
 ROLLOUTS = {"max_new_tokens": 12, "ahead": 1, "batch_size": 3}
@@ -114,8 +117,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(pair: Path, preferences, one_ran
 
 def test_each_epoch_has_pairs_of_its_own(one_rank) -> None:
     folder, metrics, _ = one_rank("distillm2-anew")
-    epochs = [(folder / "epochs" / f"epoch-000{epoch}" / "pairs.jsonl").read_text().splitlines() for epoch in (0, 1)]
-    first, second = ({row["id"]: row for row in map(json.loads, lines)} for lines in epochs)
+    epochs = sorted((folder / "epochs").glob("*/epoch-*/pairs.jsonl"))[:2]
+    first, second = ({row["id"]: row for row in map(json.loads, path.read_text().splitlines())} for path in epochs)
     both = first.keys() & second.keys()
     assert len(both) > 12
     for half in ("chosen", "rejected"):
@@ -127,6 +130,7 @@ def test_each_epoch_has_pairs_of_its_own(one_rank) -> None:
     ("loss", "train", "may_change"),
     [
         ({"method": "kd"}, {"validate_every": 5, "non_finite": "skip"}, True),
+        ({"method": "kd"}, {"verify_weights": True, "deterministic": True}, True),
         ({"method": "distillm"}, {"validate_every": 5}, False),  # φ grows at validations
         ({"method": "distillm"}, {"save_every": 5, "non_finite": "skip"}, True),
         ({"method": "distillm", "rollouts": {"parser_workers": 3}}, {}, True),
@@ -142,10 +146,62 @@ def test_what_may_change_on_resumption(loss: dict, train: dict, may_change: bool
     assert (after.training_hash() == before.training_hash()) == may_change
 
 
+def test_what_adapts_is_asked_of_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any method's, not DistiLLM's alone: validations that are needed, come once an epoch, and stay where they are."""
+    values = {"run_dir": "r", "teacher": {"path": "t"}, "student": {"path": "s"}, "mta": None}
+    alone, with_validation = ({"train": ["x.jsonl"], "validation": names} for names in ([], ["y.jsonl"]))
+    train = {"steps": 9, "micro_batch_size": 4}
+
+    def config(data: dict, **changes: object) -> RunConfig:
+        return RunConfig(**values, data=data, train=train | changes)
+
+    def due(run: RunConfig) -> int | None:
+        return validate_every(SimpleNamespace(config=run, train=range(24)))
+
+    free = config(with_validation)
+    assert due(config(alone)) is due(free) is None and due(config(alone, validate_every=2)) == 2
+    assert config(with_validation, validate_every=2).training_hash() == free.training_hash()
+    monkeypatch.setattr(KDConfig, "adapts", property(lambda section: True))
+    assert due(free) == 6 and due(config(with_validation, validate_every=2)) == 2
+    assert config(with_validation, validate_every=2).training_hash() != free.training_hash()
+    with pytest.raises(ValueError, match=r"data\.validation: kd adapts to a held-out loss"):
+        config(alone)
+
+
+def test_what_never_grows_needs_no_validation() -> None:
+    assert DistiLLMConfig(method="distillm").adapts and not DistiLLMConfig(method="distillm", phi_step=0).adapts
+
+
+@pytest.mark.parametrize(("mta", "is_free"), [({}, False), (None, True)])
+def test_another_parser_is_another_run_where_it_parses_what_is_trained_on(mta: dict | None, is_free: bool) -> None:
+    values = {"run_dir": "r", "teacher": {"path": "t"}, "student": {"path": "s"}, "mta": mta, "train": {"steps": 9}}
+    values |= {"data": {"train": ["x.jsonl"]}, "loss": {"method": "distillm2", "regenerate": "both"}}
+    sections = [None, {}, {"parser": "none"}]
+    given = [section if section is None else {"inputs": ["x.jsonl"], "output": "o"} | section for section in sections]
+    bundled, named_none, other = (RunConfig(**values, parse=section).training_hash() for section in given)
+    assert bundled == named_none and (other == bundled) == is_free
+
+
+def test_a_prompt_is_enough_where_both_responses_are_written(pair: Path, one_rank_group, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in (pair / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({key: value for key, value in row.items() if key != "output"}) for row in rows]
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    changes = METHODS["distillm2-anew"] | {"train__steps": 1, "train__asynchronous_saves": False}
+    changes |= {"mta": None, "data__spans": None, "data__validation": [], "data__train": [str(prompts)]}
+    config = load(write_config(pair, tmp_path, **changes), RunConfig)
+    assert train_here(config)
+    (row,) = read_metrics(tmp_path)
+    assert row["loss"] == row["base"] > 0
+    rejected = config.loss.model_copy(update={"regenerate": "rejected"})
+    with pytest.raises(UserError, match=r"no records left .*24 without a response"):
+        check(config.model_copy(update={"loss": rejected, "run_dir": tmp_path / "rejected"}))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss": {"method": "distillm"}, "data__validation": []}, "data.validation: DistiLLM adapts"),
+        ({"loss": {"method": "distillm"}, "data__validation": []}, "data.validation: distillm adapts"),
         ({"loss": {"method": "distillm2"}}, "chosen"),
         ({"loss": FDD | {"student_layers": [9]}}, "loss: student layer 9 does not exist"),
     ],

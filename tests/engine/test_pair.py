@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from own_code import keep_code_in, with_own_code
 from support import write_config
 from transformers import AutoConfig
 
@@ -15,6 +16,7 @@ from mta_ds.engine import RunConfig, check
 from mta_ds.engine.pair import prepare_pair
 from mta_ds.errors import UserError
 from mta_ds.models import load_tokenizer
+from mta_ds.spans.parse import ParseConfig, parse
 
 
 def narrow_opt(pair: Path, folder: Path) -> dict[str, object]:
@@ -72,25 +74,80 @@ def test_rollouts_need_prompts(pair: Path, tmp_path: Path) -> None:
         check(load(write_config(pair, tmp_path, loss={"method": "gkd"}, **changes), RunConfig))
 
 
-def with_own_code(folder: Path) -> None:
-    """Make a Llama folder one whose classes come with it."""
-    (folder / "configuration_own.py").write_text(
-        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-    )
-    (folder / "modeling_own.py").write_text(
-        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
-        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_sequences_beyond_a_models_last_position(pair: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(pair / name, tmp_path / name))
+    values = json.loads((folder / "config.json").read_text())
+    models = {name: {"path": str(folder)}}
+    for positions in (95, 96):
+        (folder / "config.json").write_text(json.dumps(values | {"max_position_embeddings": positions}))
+        config = load(write_config(pair, tmp_path / "run", **models), RunConfig)
+        if positions == 96:
+            prepare_pair(config)
+            continue
+        with pytest.raises(UserError, match=rf"^data\.max_length: 96 tokens, but the {name} has 95 positions"):
+            prepare_pair(config)
+
+
+@pytest.fixture(scope="module")
+def words_only(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A span store of the training records alone, by another parser than the bundled one."""
+    store = tmp_path_factory.mktemp("words") / "spans"
+    parse(ParseConfig(inputs=(str(pair / "train.jsonl"),), output=store, parser="none", workers=1))
+    return str(store)
+
+
+def test_validation_records_need_no_spans(pair: Path, tmp_path: Path, words_only: str, capsys) -> None:
+    check(load(write_config(pair, tmp_path, data__spans=words_only), RunConfig))
+    assert "validation data" in (out := capsys.readouterr().out) and "validation spans" not in out
+
+
+GKD = {"method": "gkd"}
+ANEW = {"method": "distillm2", "regenerate": "both"}
+
+
+@pytest.mark.parametrize("loss", [GKD, ANEW])
+@pytest.mark.parametrize(
+    ("section", "ours"),
+    [
+        (None, "no section parse, so the bundled one"),
+        ({}, r"no parse\.parser, so the bundled one"),
+        ({"parser": "bf16:"}, r"parse\.parser: bf16:"),
+    ],
+)
+def test_what_models_write_is_parsed_as_the_records_were(
+    pair: Path, tmp_path: Path, words_only: str, loss: dict, section: dict | None, ours: str
+) -> None:
+    given = {} if section is None else {"parse": {"inputs": ["x.jsonl"], "output": "elsewhere"} | section}
+    config = load(write_config(pair, tmp_path, loss=loss, data__spans=words_only, **given), RunConfig)
+    with pytest.raises(UserError, match=rf"spans: parsed by 'none', another parser than the config's \({ours}\)"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": GKD, "parse": {"inputs": ["x.jsonl"], "output": "elsewhere", "parser": "none"}},
+        {"loss": GKD | {"rollouts": {"parser_workers": 0}}},
+        {"loss": {"method": "kd"}},
+        {"loss": GKD, "mta": None},
+    ],
+    ids=["the same", "unparsed", "nothing written", "without MTA"],
+)
+def test_other_parsers_that_are_no_mistake(pair: Path, tmp_path: Path, words_only: str, changes: dict) -> None:
+    check(load(write_config(pair, tmp_path, data__spans=words_only, **changes), RunConfig))
+
+
+def test_a_parser_that_is_not_there_is_told_before_any_text_is_written(pair: Path, tmp_path: Path) -> None:
+    section = {"inputs": ["x.jsonl"], "output": "elsewhere", "parser": str(tmp_path / "nowhere")}
+    with pytest.raises(UserError, match="nowhere"):
+        check(load(write_config(pair, tmp_path, loss=ANEW, data__spans=None, parse=section), RunConfig))
 
 
 @pytest.fixture
 def own_code(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
     """Both models with code of their own, which may run."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_code_in(tmp_path / "modules", monkeypatch)
     for name in ("teacher", "student"):
         with_own_code(Path(shutil.copytree(pair / name, tmp_path / name)))
     return {name: {"path": str(tmp_path / name), "trust_remote_code": True} for name in ("teacher", "student")}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -155,6 +156,13 @@ def test_mistakes_get_one_line(pair, make_model, tokenizer, tmp_path, records):
         run(student, teacher, tmp_path, ())
     with pytest.raises(UserError, match="positions"):
         run(student, teacher, tmp_path, records, GREEDY.model_copy(update={"max_length": 601}))
+    with pytest.raises(UserError, match=r"^data\.max_length: 601 tokens, but \S+/student has 600 positions"):
+        run(student, teacher, tmp_path, records, data=DATA.model_copy(update={"max_length": 601}))
+    short = Path(shutil.copytree(teacher, tmp_path / "short"))
+    values = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 399}))
+    with pytest.raises(UserError, match=r"^data\.max_length: 400 tokens, but \S+/short has 399 positions"):
+        run(student, short, tmp_path, records)
     with pytest.raises(UserError, match="config"):
         run(tmp_path, teacher, tmp_path, records)
     unanswered = tmp_path / "text.jsonl"

@@ -53,6 +53,47 @@ def test_left_padding_is_invisible_to_learned_positions(family, tokenizer, promp
     assert together == alone
 
 
+@pytest.fixture(scope="module")
+def learned_positions(tokenizer):
+    """A GPT-2 of 64 positions that hardly ever ends a response."""
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    weight = model.get_input_embeddings().weight
+    torch.nn.init.normal_(weight, std=0.5)
+    with torch.no_grad():
+        weight[tokenizer.eos_token_id] = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits", "batches"),
+    [
+        ((50, 4, 4), {}, [1, 2]),  # the row of 50 would be carried on to position 110
+        ((20, 16, 9), {"max_new_tokens": 44}, [3]),
+        ((21, 16, 9), {"max_new_tokens": 44}, [1, 2]),
+        ((40, 39, 38, 24), {"max_length": 63}, [2, 1, 1]),
+    ],
+)
+def test_no_row_is_carried_past_the_last_position(learned_positions, tokenizer, lengths, limits, batches):
+    random = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(5, len(tokenizer), (length,), generator=random).tolist() for length in lengths]
+    config = GenerationConfig(**{"max_length": 64, "batch_size": 4} | limits)
+    seen: list[int] = []
+    responses = generate(learned_positions, tokenizer, prompts, config, on_batch=seen.append)
+    alone = [generate(learned_positions, tokenizer, [prompt], config)[0] for prompt in prompts]
+    assert seen == batches and responses == alone
+    assert [len(response) for response in responses] == [config.budget(length) for length in lengths]
+
+
+def test_rotary_positions_end_nowhere(make_model, tokenizer):
+    model, seen = make_model(0), []
+    prompts = [[5] * (model.config.max_position_embeddings - 4), [6] * 3]
+    config = GenerationConfig(max_length=1000, max_new_tokens=9)
+    responses = generate(model, tokenizer, prompts, config, on_batch=seen.append)
+    assert seen == [2] and all(responses)
+
+
 def test_sampling_depends_on_seed_and_key_not_on_the_batch(make_model, tokenizer, prompts):
     model = make_model(0)
 

@@ -50,7 +50,7 @@ def test_the_defaults_are_the_papers():
     for _ in range(12):
         method.after_validation(method.previous + 0.1001)
     assert method.phi == 1.0
-    assert not make().pairs and not make().key_layers and make().needs_teacher
+    assert not make().pairs and not make().key_layers
 
 
 @pytest.mark.parametrize(

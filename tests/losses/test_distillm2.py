@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta_ds.config import validate
 from mta_ds.errors import UsageError
@@ -186,6 +187,25 @@ def test_equals_loops_over_pairs_and_tokens(dtype, beta_curriculum, alpha_curric
     assert not any(share.requires_grad for share in shares.values())
     leaves = [sides.final, sides.head]
     assert_same(leaves, leaves, ("final", "head"), loss, expected.loss, tolerance)
+
+
+class Called(TorchDispatchMode):
+    """The names of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sum_is_made_of_scattered_additions():
+    """A GPU makes those in an order of its own."""
+    with Called() as called:
+        run(make(), make_sides())[0].backward()
+    assert "segment_reduce" in called.names and not called.names & {"index_add", "index_add_", "scatter_add"}
 
 
 def test_alpha_is_its_largest_until_a_gap_is_known():

@@ -294,8 +294,8 @@ def test_the_temperature_depends_on_mta(given, beside_mta, temperature):
 
 def test_what_the_engine_asks_of_the_method():
     method = make()
-    assert method.key_layers == THREE and method.needs_teacher and not method.uses_norm and not method.pairs
-    assert make(divergence="sft").needs_teacher and make(final_norm=True).uses_norm
+    assert method.key_layers == THREE and not method.uses_norm and not method.pairs
+    assert make(final_norm=True).uses_norm
     assert method.source(1, 10, 0.0, buffer_full=True) is Source.DATA
     assert not FDDConfig(method="fdd").names_layers
     for own in ({"student_layers": (1, 2)}, {"num_layers": 2}, {"stride": 1}):

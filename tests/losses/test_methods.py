@@ -51,7 +51,8 @@ def test_a_name_alone_is_its_method_with_defaults(name):
     config = read(method=name)
     assert type(config) is CONFIGS[name] and config == CONFIGS[name](method=name)
     method = make(config)
-    assert isinstance(method, Method) and method.divergence.vocab_size == 50 and method.needs_teacher
+    assert isinstance(method, Method) and method.divergence.vocab_size == 50 and method.divergence.needs_teacher
+    assert config.adapts == (name == "distillm")
     assert (method.rollouts is not None) == (name in ("distillm", "gkd"))
     assert method.pairs == (name == "distillm2")
     assert dict(method.key_layers) == ({2: 1, 4: 2} if name == "fdd" else {})
@@ -79,6 +80,12 @@ def test_what_a_run_writes_down_reads_back(name, is_changed):
         )
 
 
+def test_options_of_what_is_off_are_not_written_down():
+    config = Run(loss=read(method="distillm2", alpha_curriculum=False))
+    written = yaml.safe_load(dump(config))
+    assert "gap_steps" not in written["loss"] and validate(written, Run, where="run.yaml") == config
+
+
 @pytest.mark.parametrize("method", ["distilm", "KD", "", None, 3, ["kd"], {"kd": 1}])
 def test_an_unknown_method_is_told_the_known_ones(method):
     with pytest.raises(UsageError) as error:
@@ -98,6 +105,10 @@ def test_a_loss_that_is_no_section(loss):
         ({"method": "fdd", "temprature": 2}, "loss.temprature: unknown key; did you mean 'temperature'?"),
         ({"method": "fdd", "on_policy_share": 0.5}, "loss.on_policy_share: unknown key; "),
         ({"method": "distillm2", "divergence": "skl"}, "loss.divergence: unknown key; "),
+        (
+            {"method": "distillm2", "alpha_curriculum": False, "gap_steps": 100},
+            "loss: gap_steps is an option of alpha_curriculum, which is off; remove it",
+        ),
         ({"method": "distillm2", "beta": 0.5}, "loss.beta: unknown key; valid keys: method, alpha, beta_curriculum, "),
         ({"method": "distillm", "derivative_weight": 1}, "loss.derivative_weight: unknown key; "),
         ({"method": "distillm", "intial_phi": 1}, "loss.intial_phi: unknown key; did you mean 'initial_phi'?"),
