@@ -27,6 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mta_ds.ops.products import has_fast_bfloat16
+
 Work = Callable[[], object]
 M_MMAP_THRESHOLD = -3  # glibc's number of the option: larger blocks are mapped, and unmapped when freed
 
@@ -177,11 +179,6 @@ def _status_bytes(pid: int | str, key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/{pid}/status has no {key}")
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware; without, torch is over 100 times slower than in fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def options(description: str) -> argparse.ArgumentParser:

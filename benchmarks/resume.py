@@ -3,9 +3,9 @@
     python benchmarks/resume.py run.yaml --nproc 2 --rounds 20 --output /scratch/resume
 
 Runs the configuration twice: undisturbed, and with a SIGKILL of a random rank, or of the launcher, at a random moment
-of its steps and saves (a save after each step), so many times. Then metrics.jsonl and the exported weights are compared
-byte for byte; and after each kill every checkpoint with a COMMIT has to be whole. Choose few steps: every round loads
-both models again.
+while it loads, steps or saves (after each step), and in the last two rounds while it exports, so many times. Then
+metrics.jsonl and the exported weights are compared byte for byte; and after each kill every checkpoint with a COMMIT
+has to be whole. A round makes a step or two: twice as many as rounds are enough.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def main() -> None:
     moments: list[str] = []
     damaged: list[str] = []
     unfinished = 0
-    for _ in range(arguments.rounds):
-        moments.append(kill_once(arguments.config, killed, arguments.nproc, randomness))
+    for number in range(arguments.rounds):
+        at_the_end = number >= arguments.rounds - 2
+        phase = "export" if at_the_end else randomness.choice(["load", "step", "step", "save", "save", "save"])
+        moments.append(kill_once(arguments.config, killed, arguments.nproc, phase, randomness))
         damaged += damaged_checkpoints(killed)
         unfinished += any(not is_committed(folder) for folder in step_folders(killed / "checkpoints"))
         print(f"round {len(moments)}: killed while in '{moments[-1]}'", file=sys.stderr, flush=True)
@@ -72,24 +74,28 @@ def run(config: Path, run_dir: Path, nproc: int) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_once(config: Path, run_dir: Path, nproc: int, randomness: random.Random) -> str:
-    """Kill one process of the run a moment after its next steps or in its next save; returns in what it was."""
+def kill_once(config: Path, run_dir: Path, nproc: int, phase: str, randomness: random.Random) -> str:
+    """Kill one process of the run a moment after it has come to a phase; returns in what it was.
+
+    Raises:
+        SystemExit: it had ended before.
+    """
     launcher = run(config, run_dir, nproc)
-    phase, step = randomness.choice(["step", "step", "save", "save", "save", "validate"]), randomness.randint(0, 1)
-    first = None
+    first, later = None, randomness.randint(1, 2)
     while launcher.poll() is None:
         beat = heartbeat(run_dir)
         if beat.get("pid") in children(launcher.pid):  # of this start, not of the one before
-            first = beat["step"] if first is None else first
-            if beat["phase"] == phase and (phase in ("load", "validate") or beat["step"] >= first + step):
+            first = beat["step"] if first is None and beat["phase"] != "load" else first
+            if beat["phase"] == phase and (phase in ("load", "export") or beat["step"] >= first + later):
                 break
-            if beat["step"] > first + 3:  # the phase is too short to be seen: now is as good
-                break
+            if phase != "export" and first is not None and beat["step"] > first + 3:
+                break  # the phase is too short to be seen: now is as good
         time.sleep(0.001)
-    time.sleep(randomness.uniform(0, 0.3 if phase != "load" else 5))
+    time.sleep(randomness.uniform(0, {"load": 5, "export": 1}.get(phase, 0.3)))
     victims = [*children(launcher.pid), launcher.pid]
-    if launcher.poll() is None:
-        os.kill(randomness.choice(victims), signal.SIGKILL)
+    if launcher.poll() is not None:
+        raise SystemExit(f"{run_dir}: the run ended before it was killed in '{phase}': give it more train.steps")
+    os.kill(randomness.choice(victims), signal.SIGKILL)
     launcher.wait()
     time.sleep(2)  # ranks follow a killed launcher within a second or two
     return str(heartbeat(run_dir).get("phase", "start"))

@@ -13,6 +13,11 @@ class UserError(Exception):
     on_every_rank = False
     """Whether all ranks of a job meet it alike, so that one of them need tell it."""
 
+    def __init__(self, message: str, *, on_every_rank: bool | None = None) -> None:
+        super().__init__(message)
+        if on_every_rank is not None:
+            self.on_every_rank = on_every_rank
+
 
 class UsageError(UserError):
     """The command or its configuration is wrong, before any work began (exit code 2)."""

@@ -15,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,7 +95,6 @@ class Checkpoints:
         self._resumed_step = resumed_step
         self._before_commit = before_commit
         self._own_steps: set[int] = set()
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
     def save(self, engine: Any, progress: Progress, save_more: SaveMore | None = None) -> None:
@@ -111,7 +111,7 @@ class Checkpoints:
             more = self._agree(folder, lambda: _begin(folder, size, save_more))
             taken = self._agree(folder, lambda: copy_of(shard) if self._asynchronous else shard)
             states = self._agree(folder, random_state)
-            written = self._writer.submit(_write_files, folder, taken, states, more)
+            written = _in_thread(lambda: _write_files(folder, taken, states, more))
             self._pending = _Pending(folder, progress, written)
         if not self._asynchronous:
             self.finish()
@@ -218,6 +218,20 @@ def load(engine: Any, folder: Path, progress: Progress, seed: int) -> None:
         restore_random_state(folder / _random_name(rank))
     else:
         set_seed((seed + 1_000_003 * progress.step + rank) % 2**32)
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """What ``work`` gives, later; a process that ends does not wait for it, whose folder would be no checkpoint."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return result
 
 
 def _begin(folder: Path, size: int, save_more: SaveMore | None) -> list[str]:

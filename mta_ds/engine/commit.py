@@ -12,18 +12,17 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from mta_ds.engine import distributed
 from mta_ds.errors import UserError
 from mta_ds.files import fsync_file, sha256, write_atomic
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FORMAT = 4
 _FILE = "COMMIT"
@@ -129,10 +128,12 @@ def find_newest(
             rank.
     """
     damaged = []
-    for name in _from_rank_zero(lambda: [folder.name for folder in step_folders(root) if is_committed(folder)]):
+    for name in distributed.from_rank_zero(
+        lambda: [folder.name for folder in step_folders(root) if is_committed(folder)]
+    ):
         folder = root / name
         try:
-            commit = _parse(_from_rank_zero(lambda folder=folder: _content(folder)), folder)  # type: ignore[misc]
+            commit = _parse(distributed.from_rank_zero(partial(_content, folder)), folder)
             _check_files(folder, commit.files)
         except Damage as damage:
             logger.warning("%s is damaged (%s): skipped", folder, damage)
@@ -141,17 +142,12 @@ def find_newest(
         _check_same_run(folder, commit.progress, config_hash, batch_size, inputs)
         return folder, commit.progress
     if damaged:
-        raise _on_every_rank(
+        raise UserError(
             f"{root}: no checkpoint is whole ({'; '.join(damaged[:3])}); bring one back from a copy, or move the "
-            "folder away to begin anew at step 0"
+            "folder away to begin anew at step 0",
+            on_every_rank=True,
         )
     return None
-
-
-def _from_rank_zero(work: Callable[[], T]) -> T:
-    """What rank 0 finds; every rank must call it and gets the same."""
-    found = distributed.on_rank_zero_first(lambda: work() if distributed.rank() == 0 else None)
-    return distributed.gather_objects(found)[0]  # type: ignore[return-value]
 
 
 def _content(folder: Path) -> bytes:
@@ -174,9 +170,10 @@ def _parse(content: bytes, folder: Path) -> Commit:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damage(f"{_FILE}: {error}") from None
     age = "a newer" if number > FORMAT else "an older"
-    raise _on_every_rank(
+    raise UserError(
         f"{folder}: written by {age} mta_ds (format {number}, this one has {FORMAT}); resume with that, choose another "
-        "run_dir, or remove this folder to go on from the one before"
+        "run_dir, or remove this folder to go on from the one before",
+        on_every_rank=True,
     )
 
 
@@ -207,21 +204,24 @@ def _check_same_run(
     folder: Path, saved: Progress, config_hash: str, batch_size: int | None, inputs: Mapping[str, str] | None
 ) -> None:
     if saved.config_hash != config_hash:
-        raise _on_every_rank(
+        raise UserError(
             f"{folder}: saved under another configuration of model, data, loss or schedule; "
-            "resume with that run's config.yaml, or choose another run_dir"
+            "resume with that run's config.yaml, or choose another run_dir",
+            on_every_rank=True,
         )
     inputs = saved.inputs if inputs is None else inputs
     names = [*saved.inputs, *(name for name in inputs if name not in saved.inputs)]
     if differing := [name for name in names if saved.inputs.get(name) != inputs.get(name)]:
-        raise _on_every_rank(
+        raise UserError(
             f"{folder}: saved with other {differing[0]} than there are now under the same path; bring those back, or "
-            "choose another run_dir"
+            "choose another run_dir",
+            on_every_rank=True,
         )
     if batch_size not in (None, saved.batch_size):
-        raise _on_every_rank(
+        raise UserError(
             f"{folder}: saved with {saved.batch_size} sequences a step, this run has {batch_size}; choose "
-            + _same_batch(saved.batch_size, distributed.world_size())
+            + _same_batch(saved.batch_size, distributed.world_size()),
+            on_every_rank=True,
         )
 
 
@@ -230,10 +230,3 @@ def _same_batch(size: int, ranks: int) -> str:
     if size % ranks:
         return f"a number of ranks that divides {size}, which {ranks} does not"
     return f"micro_batch_size x gradient_accumulation_steps = {size // ranks} on {ranks} rank{'s' * (ranks > 1)}"
-
-
-def _on_every_rank(message: str) -> UserError:
-    """An error that all ranks come to by the same facts, so that one of them tells it."""
-    error = UserError(message)
-    error.on_every_rank = True
-    return error

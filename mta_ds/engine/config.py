@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mta_ds.config import Section
 from mta_ds.data import DataConfig
 from mta_ds.evaluation import EvaluationConfig, GenerateConfig
-from mta_ds.losses import DistiLLM2Config, DistiLLMConfig, KDConfig, LossConfig, MTAConfig
+from mta_ds.losses import DistiLLM2Config, KDConfig, LossConfig, MTAConfig
 from mta_ds.models.loading import Dtype, StudentConfig, TeacherConfig
 from mta_ds.spans.parse import ParseConfig
 
@@ -23,6 +23,7 @@ _FREE = (
     *("log_every", "validate_every", "save_every", "keep_last", "keep_every", "asynchronous_saves"),
     *("max_minutes", "stop_grace_seconds", "non_finite", "wandb_project"),
     *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),  # their product is held elsewhere
+    *("verify_weights", "deterministic"),
 )
 
 
@@ -56,6 +57,9 @@ class TrainConfig(Section):
     """Recompute the student's layers in backward: less memory for about a third more student time."""
     verify_weights: bool = False
     """Compare the hash of every loaded tensor of both models with its file's; reads the files once more."""
+    deterministic: bool = False
+    """On GPUs, torch's deterministic algorithms: what was interrupted then ends with the same bits on as many GPUs of
+    the same kind, for slower backward passes. A CPU always computes so."""
     dropout: bool = False
     """Keep the student's own dropout; off, the student sees what the teacher sees."""
     seed: int = 0
@@ -147,9 +151,9 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _validation_for_distillm(self) -> RunConfig:
-        if isinstance(self.loss, DistiLLMConfig) and self.loss.phi_step > 0 and not self.data.validation:
-            raise ValueError("data.validation: DistiLLM adapts to a held-out loss; name records, or set phi_step: 0")
+    def _validation_to_adapt_to(self) -> RunConfig:
+        if self.loss.adapts and not self.data.validation:
+            raise ValueError(f"data.validation: {self.loss.method} adapts to a held-out loss; name records for it")
         return self
 
     @property
@@ -162,14 +166,16 @@ class RunConfig(Section):
         values = self.model_dump(mode="json", include={"teacher", "student", "data", "mta", "loss", "train"})
         if self.regenerates:
             values["generation"] = self.generation.model_dump(mode="json")
-        # DistiLLM's share of student text changes at validations
-        kept = {"validate_every"} if isinstance(self.loss, DistiLLMConfig) else set()
+            if self.mta is not None:
+                values["parser"] = self.parse.parser if self.parse is not None else None
+        kept = {"validate_every"} if self.loss.adapts else set()
         for free in {*_FREE} - kept:
             del values["train"][free]
         if (rollouts := values["loss"].get("rollouts")) is not None:  # any number of parsers finds the same spans
             rollouts["parser_workers"] = bool(rollouts["parser_workers"])
         for model in ("teacher", "student"):
             del values[model]["deepspeed"]
+        del values["student"]["mlp_chunk"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor
 from mta_ds.errors import UserError
 
 T = TypeVar("T")
+
+# Rank 0 may encode a corpus, or some ranks write text, for hours while others wait. A rank that is gone ends their wait
+# at once all the same: its connections close.
+_PATIENCE = datetime.timedelta(days=30)
 
 
 def initialise() -> None:
@@ -59,6 +63,7 @@ def initialise() -> None:
 def shutdown() -> None:
     """Leave the process group; without it NCCL warns of a leak at exit."""
     if dist.is_initialized():
+        _host_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -111,11 +116,9 @@ def gather_objects(value: T) -> list[T]:
 
 
 @functools.cache
-def _host_group() -> dist.ProcessGroup | None:
-    """A gloo group beside NCCL's; on a CPU the default group is one already."""
-    if dist.get_backend() == "gloo":
-        return None
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+def _host_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks for what they tell one another, and wait for, beside the step's own collectives."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return group
 
 
@@ -131,46 +134,56 @@ def insist_on_agreement(values: dict[str, str]) -> None:
     everybody = gather_objects(values)
     for other, theirs in enumerate(everybody):
         if differing := [name for name, value in theirs.items() if value != everybody[0][name]]:
-            error = UserError(
+            raise UserError(
                 f"rank {other} has another {differing[0]} than rank 0; start all ranks with the same code, "
-                "configuration and files"
+                "configuration and files",
+                on_every_rank=True,
             )
-            error.on_every_rank = True
-            raise error
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait for every rank, however long that takes."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_host_group())
+
+
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, on every rank: a shared disk may show each another state, and all must go one way.
+
+    A failure on rank 0 fails every rank with the same message instead of leaving them waiting.
+    """
+    if world_size() == 1:
+        return work()
+    told: list[Any] = [None, None]  # error, result
+    if rank() == 0:
+        try:
+            told[1] = work()
+        except UserError as error:
+            error.on_every_rank = True
+            told[0] = error
+        except BaseException as error:
+            # The others must not wait for a rank that is gone; rank 0 itself shows the traceback.
+            told[0] = UserError(f"rank 0 failed: {type(error).__name__}: {error}", on_every_rank=True)
+            dist.broadcast_object_list(told, src=0, group=_host_group())
+            raise
+    dist.broadcast_object_list(told, src=0, group=_host_group())
+    failure, result = told
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[no-any-return]
 
 
 def on_rank_zero_first(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0, then on the others, which find its result (a cache, a folder) already there.
 
-    A failure on rank 0 fails every rank with the same message instead of leaving them waiting. Inside of ``work`` the
-    order is given already: a further call just runs its own.
+    Failures are told as by :func:`from_rank_zero`. Inside of ``work`` the order is given already: a further call just
+    runs its own.
     """
     if world_size() == 1 or _Ordered.inside:
         return work()
-    outcome: list[UserError | None] = [None]
-    result: T | None = None
-    if rank() == 0:
-        try:
-            result = _in_order(work)
-        except UserError as error:
-            error.on_every_rank = True
-            outcome = [error]
-        except BaseException as error:
-            # The others must not wait for a rank that is gone; rank 0 itself shows the traceback.
-            shared = UserError(f"rank 0 failed: {type(error).__name__}: {error}")
-            shared.on_every_rank = True
-            dist.broadcast_object_list([shared], src=0)
-            raise
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
-    return result if rank() == 0 else _in_order(work)  # type: ignore[return-value]
+    found: list[T] = []
+    from_rank_zero(lambda: found.append(_in_order(work)))
+    return found[0] if found else _in_order(work)
 
 
 class _Ordered:
@@ -193,7 +206,8 @@ def _complete_environment() -> None:
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
+        if "MASTER_ADDR" not in env:  # a container may not have scontrol, and is told it by the batch script
+            env["MASTER_ADDR"] = _first_host(env["SLURM_JOB_NODELIST"])
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     env.setdefault("RANK", "0")
     env.setdefault("WORLD_SIZE", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -77,13 +78,13 @@ def _gather_adapters(model: PreTrainedModel) -> dict[str, Tensor]:
 def export_student(config: RunConfig, pair: Pair, distiller: Distiller, step: int) -> Path:
     """Write a run's student as it is after ``step`` to the run's export folder; every rank must call it."""
     output = config.run_dir / "export"
-    card = model_card(config, pair.method.describe(), step)
+    card = model_card(config, pair.method.describe(), step) if distributed.rank() == 0 else ""
     export(distiller.student.model, pair.student_dir, output, card)
     return output
 
 
 def model_card(config: RunConfig, method: str, step: int) -> str:
-    """The export's README.md: what the student was made of and how, and its last held-out scores."""
+    """The export's README.md: what the student was made of and how, and its last held-out scores up to ``step``."""
     front = {"library_name": "transformers", "base_model": config.teacher.path, "tags": ["distillation", "mta"]}
     mta = config.mta
     student = config.student
@@ -97,19 +98,17 @@ def model_card(config: RunConfig, method: str, step: int) -> str:
         "optimizer steps": str(step),
         "configuration's hash": config.training_hash(),
     }
-    rows |= {f"held-out {name}": f"{value:.4f}" for name, value in _last_scores(config.run_dir).items()}
+    rows |= {f"held-out {name}": f"{value:.4f}" for name, value in _last_scores(config.run_dir, step).items()}
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"---\n{yaml.safe_dump(front)}---\n\n# A distilled student\n\n| | |\n|---|---|\n{table}\nMade by mta_ds.\n"
 
 
-def _last_scores(run_dir: Path) -> dict[str, float]:
-    """Loss and KL of the run's last validation."""
-    log = run_dir / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    rows = [row for row in map(json.loads, lines) if "validation/loss" in row]
-    prefix = "validation/"
-    return (
-        {name.removeprefix(prefix): value for name, value in rows[-1].items() if name.startswith(prefix)}
-        if rows
-        else {}
-    )
+def _last_scores(run_dir: Path, step: int) -> dict[str, float]:
+    """Loss and KL of the run's last validation up to ``step``; the log may go on after it, and end in half a row."""
+    log, prefix, scores = run_dir / "metrics.jsonl", "validation/", {}
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError):
+            row = json.loads(line)
+            if row["step"] <= step and "validation/loss" in row:
+                scores = {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+    return scores

@@ -136,12 +136,11 @@ def _stopped(step: int, in_a_row: int, seen: Sequence[Seen], found: Found) -> Us
         others = f" and of {len(found.parameters) - 1} more parameters" if len(found.parameters) > 1 else ""
         everybody = [f"the gradient of {found.parameters[-1]}{others}" if found.parameters else "a gradient"]
     steps = f"step {step}" if in_a_row == 1 else f"{in_a_row} steps in a row, up to step {step}"
-    error = UserError(
+    return UserError(
         f"{steps}: NaN or Inf in {'; '.join(everybody[:_MOST_RANKS])}; no weight was changed: lower train.lr, take the "
-        "records out, train in float32, or set train.non_finite: skip"
+        "records out, train in float32, or set train.non_finite: skip",
+        on_every_rank=True,
     )
-    error.on_every_rank = True
-    return error
 
 
 def _where(batch: Seen) -> str:

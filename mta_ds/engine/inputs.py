@@ -5,12 +5,13 @@ The configuration's hash knows paths; what lies there may have been written anew
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from pathlib import Path
 
+from mta_ds.data import EncodedDataset
 from mta_ds.engine import distributed
-from mta_ds.engine.setup import Run
+from mta_ds.engine.config import RunConfig
+from mta_ds.engine.pair import Pair
 from mta_ds.files import sha256
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -18,26 +19,23 @@ _SAMPLES = 16  # of each file of weights
 _SAMPLE_BYTES = 4096
 
 
-def input_hashes(run: Run) -> dict[str, str]:
+def input_hashes(
+    config: RunConfig, pair: Pair, train: EncodedDataset, validation: EncodedDataset | None
+) -> dict[str, str]:
     """Hashes by what they are, in words of the plural; every rank must call it."""
-    spans = run.config.data.spans if run.config.mta is not None else None
+    spans = config.data.spans if config.mta is not None else None
 
-    def of_folders() -> dict[str, str] | None:
-        if distributed.rank() != 0:
-            return None
+    def of_folders() -> dict[str, str]:
         hashes = {
-            "weights or configuration of the teacher": model_fingerprint(run.pair.teacher_dir),
-            "initial weights or configuration of the student": model_fingerprint(run.pair.student_dir),
+            "weights or configuration of the teacher": model_fingerprint(pair.teacher_dir),
+            "initial weights or configuration of the student": model_fingerprint(pair.student_dir),
         }
         return hashes | ({"spans": sha256(spans / "manifest.json")} if spans is not None else {})
 
-    found = distributed.gather_objects(distributed.on_rank_zero_first(of_folders))[0]
-    assert found is not None
-    validation = {} if run.validation is None else {"validation records": run.validation.key}
-    return {"training records": run.train.key} | validation | found
+    of_validation = {} if validation is None else {"validation records": validation.key}
+    return {"training records": train.key} | of_validation | distributed.from_rank_zero(of_folders)
 
 
-@functools.cache
 def model_fingerprint(folder: Path) -> str:
     """Hash of a model's configuration, and of size and samples of its weights.
 

@@ -7,11 +7,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.summary import scalar
 
-from mta_ds.errors import UserError
+from mta_ds.errors import UserError, printable
 from mta_ds.files import Appender
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -38,7 +41,9 @@ class MetricsLog:
         self._metrics = Appender(metrics, size_until(metrics, kept))
         self._perf = Appender(perf, size_until(perf, kept))
         self._board = Board(run_dir / "tensorboard", kept + 1)
-        self._wandb = _open_wandb(wandb_project, run_dir) if wandb_project is not None else None
+        self._wandb: Any = None
+        if wandb_project is not None:
+            self._to_wandb(lambda _: _open_wandb(wandb_project, run_dir))
 
     def write(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
         """Log one optimizer step's values; of a step that was left out, those that are numbers."""
@@ -49,7 +54,7 @@ class MetricsLog:
         values = metrics | {f"perf/{name}": value for name, value in perf.items()}
         self._board.add(step, values)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._to_wandb(lambda run: run.log(values, step=step))
 
     def sync(self) -> None:
         """Make the metrics so far durable: a checkpoint that outlives its rows would go on behind a gap.
@@ -78,7 +83,15 @@ class MetricsLog:
         self._perf.close()
         self._board.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, call: Callable[[Any], Any]) -> None:
+        """A service that fails is told of once, and then left alone: it must not end a run."""
+        try:
+            self._wandb = call(self._wandb) or self._wandb
+        except Exception as error:
+            self._wandb = None
+            logger.warning("Weights & Biases: %s; the run goes on without it", printable(str(error)))
 
 
 class Board:

@@ -1,9 +1,12 @@
 """DistiLLM-2's preference pairs, made anew at the start of each epoch by the models as they are then.
 
-    run_dir/epochs/epoch-0000/rejected/      the student's answers in parts, as ``mta-ds generate`` writes them
-                              chosen/        the teacher's, for ``regenerate: both``
-                              pairs.jsonl    both joined by record, in the order of their ids
-                              spans/         their span store, in as many parts
+    run_dir/epochs/KEY/epoch-0000/rejected/      the student's answers in parts, as ``mta-ds generate`` writes them
+                                  chosen/        the teacher's, for ``regenerate: both``
+                                  pairs.jsonl    both joined by record, in the order of their ids
+                                  spans/         their span store, in as many parts
+
+KEY is a hash of all that decides what the models write: nothing of another run of the same folder is taken for this
+one's.
 
 The ranks share out the parts, which do not depend on how many ranks there are. What is there already is not made again:
 a run that was stopped or killed goes on in the middle of it, on any number of ranks.
@@ -11,13 +14,14 @@ a run that was stopped or killed goes on in the middle of it, on any number of r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -33,8 +37,6 @@ from mta_ds.spans.merge import complete_part as complete_spans
 from mta_ds.spans.parse import ParseConfig, merge_only, parse
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Watch(NamedTuple):
@@ -56,6 +58,8 @@ class EpochPairs:
     student: PreTrainedModel
     teacher: StreamingTeacher | None
     """The teacher, if it writes the chosen responses anew; else those of ``data.train`` are kept."""
+    inputs: Mapping[str, str]
+    """Hashes of what the run learns from."""
 
     def dataset(self, epoch: int, watch: Watch, *, begins: bool) -> EncodedDataset | None:
         """The pairs of an epoch (from 0), encoded; None if the run stops first. Every rank must call it.
@@ -66,9 +70,9 @@ class EpochPairs:
         Raises:
             UserError: they are not, or no record has two responses.
         """
-        folder = self.config.run_dir / "epochs" / f"epoch-{epoch:04d}"
+        folder = self.folder(epoch)
         pairs = folder / "pairs.jsonl"
-        if not _seen_by_rank_zero(pairs.is_file):
+        if not distributed.from_rank_zero(pairs.is_file):
             if not begins:
                 raise UserError(f"{pairs}: is gone, and the models have moved on; start from another run_dir")
             if not self._answer(folder, epoch, watch):
@@ -83,6 +87,12 @@ class EpochPairs:
         return distributed.on_rank_zero_first(
             lambda: build_dataset((str(pairs),), self.config.data, self.tokenizer, spans, cache, pairs=True)
         )
+
+    def folder(self, epoch: int) -> Path:
+        """Where the text of an epoch goes."""
+        made_of = {"configuration": self.config.training_hash(), **self.inputs}
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+        return self.config.run_dir / "epochs" / key / f"epoch-{epoch:04d}"
 
     def _answer(self, folder: Path, epoch: int, watch: Watch) -> bool:
         """Both models answer all records, or as far as they come; whether that was to the end."""
@@ -131,7 +141,7 @@ class EpochPairs:
     def _parse(self, pairs: Path, store: Path, watch: Watch) -> bool:
         """Make the span store of the pairs, or as much as there is time for; whether it is complete."""
         manifest = store / "manifest.json"
-        if _seen_by_rank_zero(manifest.is_file):
+        if distributed.from_rank_zero(manifest.is_file):
             return True  # in however many parts: lookups compare its texts with the records'
         config = ParseConfig(
             inputs=(str(pairs),),
@@ -149,7 +159,9 @@ class EpochPairs:
     def _missing(self, complete: Callable[[Path, int, int], object | None], folder: Path) -> list[int]:
         """The parts that ``folder`` lacks."""
         num_parts = self.config.generation.num_shards
-        return _seen_by_rank_zero(lambda: [i for i in range(num_parts) if complete(folder, i, num_parts) is None])
+        return distributed.from_rank_zero(
+            lambda: [i for i in range(num_parts) if complete(folder, i, num_parts) is None]
+        )
 
 
 def _make(parts: list[int], make: Callable[[int], object], watch: Watch) -> bool:
@@ -161,8 +173,3 @@ def _make(parts: list[int], make: Callable[[int], object], watch: Watch) -> bool
         if watch.stopping():
             return False
     return True
-
-
-def _seen_by_rank_zero(look: Callable[[], T]) -> T:
-    """What rank 0 finds on disk, on every rank: a shared disk may show each another state, and all must go one way."""
-    return distributed.gather_objects(distributed.on_rank_zero_first(look))[0]

@@ -45,7 +45,7 @@ def hold(run_dir: Path) -> Iterator[None]:
         UserError: another run has it; on every rank.
     """
     lock = RunLock(run_dir)
-    distributed.on_rank_zero_first(lambda: lock.take() if distributed.rank() == 0 else None)
+    distributed.from_rank_zero(lock.take)
     try:
         yield
     finally:

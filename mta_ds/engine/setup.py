@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +21,12 @@ from mta_ds.engine.config import RunConfig, TrainConfig
 from mta_ds.engine.distiller import Distiller
 from mta_ds.engine.environment import code_state
 from mta_ds.engine.health import StepGuard
+from mta_ds.engine.inputs import input_hashes
 from mta_ds.engine.metrics import insist_on_wandb
-from mta_ds.engine.pair import Pair, check_prompts, prepare_pair
+from mta_ds.engine.pair import Pair, check_parser, check_prompts, prepare_pair, reads_final_state
 from mta_ds.engine.regenerate import EpochPairs
 from mta_ds.engine.rollouts import Rollouts, make_writer
-from mta_ds.errors import UsageError, UserError
+from mta_ds.errors import UsageError
 from mta_ds.losses import DistiLLM2Config, Method
 from mta_ds.models import (
     StreamingTeacher,
@@ -36,11 +38,11 @@ from mta_ds.models import (
     load_pretrained,
     load_teacher,
     student_config,
+    teacher_config,
     verify_weights,
     whole_copy,
 )
 from mta_ds.models.zero import read_deepspeed_config
-from mta_ds.spans.parser import load_parser
 from mta_ds.spans.pool import ParserPool
 from mta_ds.spans.store import SpanStore
 
@@ -66,6 +68,8 @@ class Run:
     guard: StepGuard
     num_steps: int
     zero_stage: int
+    inputs: Mapping[str, str]
+    """Hashes of what the run learns from."""
 
     @property
     def distiller(self) -> Distiller:
@@ -83,6 +87,7 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
         between: called between parts that take long, by every rank; it may raise, to stop.
     """
     set_seed(config.train.seed)
+    set_determinism(config.train.deterministic)
     distributed.insist_on_agreement(common_to_ranks(config))
     distributed.on_rank_zero_first(lambda: refuse_early(config))
     between()
@@ -92,6 +97,7 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
     keys = {"training set": train.key, "validation set": validation.key if validation is not None else ""}
     distributed.insist_on_agreement(keys)
     distributed.on_rank_zero_first(lambda: check_prompts(pair.method, train))
+    distributed.on_rank_zero_first(lambda: check_parser(config, pair.method))
     loader = StepLoader(
         train,
         pad_id=pad_id(pair.tokenizer),
@@ -102,6 +108,7 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
         world_size=distributed.world_size(),
         length_grouping=config.train.length_grouping,
     )
+    inputs = input_hashes(config, pair, train, validation)
     between()
     engine = make_student_engine(config, pair)
     between()
@@ -109,7 +116,7 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
     between()
     num_steps = number_of_steps(config.train, len(train) // train.group, distributed.world_size())
     rollouts = make_rollouts(config, pair, loader, engine, num_steps)
-    epoch_pairs = make_epoch_pairs(config, pair, engine, teacher)
+    epoch_pairs = make_epoch_pairs(config, pair, engine, teacher, inputs)
     set_seed(config.train.seed + distributed.rank())
     return Run(
         config,
@@ -124,6 +131,7 @@ def prepare(config: RunConfig, between: Callable[[], None] = lambda: None) -> Ru
         StepGuard(config.train.non_finite, config.train.spike_factor),
         num_steps=num_steps,
         zero_stage=engine.zero_optimization_stage(),
+        inputs=inputs,
     )
 
 
@@ -142,51 +150,59 @@ def refuse_early(config: RunConfig) -> None:
     Raises:
         UserError: a DeepSpeed configuration or a package is missing or wrong.
     """
-    student_zero_stage(config)
-    read_deepspeed_config(config.teacher.deepspeed)
+    check_deepspeed(config)
     if config.train.wandb_project is not None and distributed.rank() == 0:
         insist_on_wandb()
 
 
+def check_deepspeed(config: RunConfig, on_this_machine: bool = True) -> None:
+    """Refuse a DeepSpeed configuration of either model that its engine would not take.
+
+    Args:
+        on_this_machine: look also for what only the machine that trains need have: NVMe folders, libaio.
+
+    Raises:
+        UsageError: a key that the YAML owns, a wrong stage or offload, or bad JSON.
+    """
+    train, teacher = config.train, config.teacher
+    batch = train.micro_batch_size, train.gradient_accumulation_steps
+    student_config(config.student.deepspeed, train.dtype, *batch, distributed.world_size(), train.gradient_clipping)
+    if teacher.quantization is None:
+        teacher_config(teacher.deepspeed, train.dtype, train.micro_batch_size, on_this_machine)
+
+
 def load_data(config: RunConfig, tokenizer: Tokenizer, pairs: bool) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """Training and validation sets, encoded by rank 0 into memory-mapped files that every rank opens."""
+    """Training and validation sets, encoded by rank 0 into memory-mapped files that every rank opens.
+
+    Nobody reads spans of the validation set, nor of records that are answered anew at each epoch: those only say how
+    many there are, by their prompts alone where no response is kept.
+    """
     data = config.data
     if not data.train:
         raise UsageError("data.train: no training records are named")
     store = open_store(config)
-    # records that are answered anew at each epoch: these only say how many there are, and need no spans
-    pairs, of_training = (False, None) if config.regenerates else (pairs, store)
+    if config.regenerates:
+        pairs, store = False, None
+    prompts_only = isinstance(config.loss, DistiLLM2Config) and config.loss.regenerate == "both"
 
-    def build(inputs: tuple[str, ...], pairs: bool, store: SpanStore | None) -> EncodedDataset:
+    def build(inputs: tuple[str, ...], store: SpanStore | None, **kind: bool) -> EncodedDataset:
         cache = config.run_dir / "cache"
-        return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache, pairs=pairs))
+        return distributed.on_rank_zero_first(lambda: build_dataset(inputs, data, tokenizer, store, cache, **kind))
 
-    return build(data.train, pairs, of_training), build(data.validation, False, store) if data.validation else None
+    train = build(data.train, store, pairs=pairs, prompts_only=prompts_only)
+    return train, build(data.validation, None) if data.validation else None
 
 
 def open_store(config: RunConfig) -> SpanStore | None:
     """The run's span store, or None with MTA off.
 
     Raises:
-        UserError: it is missing, unfinished or damaged, or the YAML's ``parse`` section names another parser.
+        UserError: it is missing, unfinished or damaged.
     """
     path = config.data.spans
     if config.mta is None or path is None:
         return None
-    store = distributed.on_rank_zero_first(lambda: SpanStore.open(path))
-    if config.parse is not None and config.parse.output == path:
-        check_parser(config.parse.parser, store)
-    return store
-
-
-def check_parser(spec: str | None, store: SpanStore) -> None:
-    """Insist that a parser is the one that the store was made with; UserError if not."""
-    wanted = load_parser(spec)
-    if wanted.fingerprint != store.manifest.parser.fingerprint:
-        raise UserError(
-            f"{store.path}: parsed by '{store.manifest.parser.name}', the config's parse.parser is '{wanted.name}', "
-            "another parser; parse again into another folder, or mend parse.parser"
-        )
+    return distributed.on_rank_zero_first(lambda: SpanStore.open(path))
 
 
 def make_student_engine(config: RunConfig, pair: Pair) -> Any:
@@ -231,8 +247,6 @@ def make_rollouts(config: RunConfig, pair: Pair, loader: StepLoader, engine: Any
     open_pool = None
     if config.mta is not None and options.parser_workers:
         spec = config.parse.parser if config.parse is not None else None
-        if (store := open_store(config)) is not None:
-            check_parser(spec, store)
         in_flight = (options.ahead + 1) * loader.samples_per_step  # all: a step never waits to hand its texts over
         open_pool = partial(ParserPool, spec, options.parser_workers, ahead=in_flight)
     student = engine.module.student.model
@@ -241,18 +255,19 @@ def make_rollouts(config: RunConfig, pair: Pair, loader: StepLoader, engine: Any
     return Rollouts(pair.method, loader, write, config.data, pair.tokenizer, seed, num_steps, open_pool)
 
 
-def make_epoch_pairs(config: RunConfig, pair: Pair, engine: Any, teacher: StreamingTeacher | None) -> EpochPairs | None:
+def make_epoch_pairs(
+    config: RunConfig, pair: Pair, engine: Any, teacher: StreamingTeacher | None, inputs: Mapping[str, str]
+) -> EpochPairs | None:
     """What writes the records anew at each epoch; None for a method that does not."""
     if not config.regenerates:
         return None
     writes = teacher if isinstance(config.loss, DistiLLM2Config) and config.loss.regenerate == "both" else None
-    return EpochPairs(config, pair.tokenizer, engine.module.student.model, writes)
+    return EpochPairs(config, pair.tokenizer, engine.module.student.model, writes, inputs)
 
 
 def make_teacher(config: RunConfig, pair: Pair) -> StreamingTeacher | None:
     """The teacher's engine, or None for a run that reads neither its logits nor its layers (plain SFT)."""
-    by_entropy = config.mta is not None and config.mta.teacher_weights == "entropy"
-    needs_final = pair.method.divergence.needs_teacher or by_entropy or bool(config.data.validation)
+    needs_final = reads_final_state(config, pair.method)
     layers = sorted({layer.teacher for layer in pair.key_layers} | set(pair.method.key_layers))
     if not needs_final and not layers:
         return None
@@ -314,6 +329,15 @@ def pad_id(tokenizer: Tokenizer) -> int:
     """The id that fills up a batch; masked everywhere, so its meaning is nothing."""
     assert isinstance(tokenizer.pad_token_id, int)  # load_tokenizer sees to it
     return tokenizer.pad_token_id
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Have a GPU add up in one order, and refuse what it cannot; must come before anything is computed there."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # else a pass over all new memory, which is written anyway
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def set_seed(seed: int) -> None:

@@ -58,7 +58,10 @@ def own_shard(engine: Any) -> Shard:
     """
     zero, optimizer = engine.optimizer, engine.optimizer.optimizer
     if getattr(zero, "swap_optimizer", False):
-        raise UserError("student: its optimizer is offloaded to NVMe, which no checkpoint can hold; offload it to cpu")
+        raise UserError(
+            "student: its optimizer is offloaded to NVMe, which no checkpoint can hold; offload it to cpu",
+            on_every_rank=True,
+        )
     pieces = {name: _piece(engine, parameter) for name, parameter in _trained(engine)}
     states = [optimizer.state[flat] for flat in _flat_weights(engine) if flat in optimizer.state]
     steps = {int(state["step"]) for state in states}

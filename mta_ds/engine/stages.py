@@ -111,9 +111,7 @@ def export_checkpoint(config: RunConfig) -> Path:
     root = config.run_dir / "checkpoints"
     found = find_newest(root, config.training_hash())
     if found is None:
-        error = UserError(f"{root}: no valid checkpoint to export")
-        error.on_every_rank = True
-        raise error
+        raise UserError(f"{root}: no valid checkpoint to export", on_every_rank=True)
     folder, progress = found
     pair = distributed.on_rank_zero_first(lambda: prepare_pair(config))
     engine = make_student_engine(config, pair)

@@ -28,14 +28,13 @@ from mta_ds.engine.distiller import global_counts
 from mta_ds.engine.environment import describe_environment, describe_ranks, record_start
 from mta_ds.engine.export import export_student
 from mta_ds.engine.health import Heartbeat
-from mta_ds.engine.inputs import input_hashes
 from mta_ds.engine.metrics import MetricsLog, peak_memory_bytes
 from mta_ds.engine.regenerate import Watch
 from mta_ds.engine.setup import Run, prepare
 from mta_ds.engine.shards import own_shard
 from mta_ds.engine.stopping import Stopped, StopWatch
 from mta_ds.engine.validation import validate_run
-from mta_ds.losses import DistiLLMConfig, Source
+from mta_ds.losses import Source
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +110,10 @@ def train_until(config: RunConfig, stop: StopWatch) -> bool:
         export_student(config, run.pair, run.distiller, step)
     if run.rollouts is not None:
         run.rollouts.close()
+    heartbeat.beat(step, "end" if finished else "stopped")
     if log is not None:
         log.close()
-    heartbeat.beat(step, "end" if finished else "stopped")
+    distributed.barrier()  # who ends long before the others would have them killed
     return finished
 
 
@@ -213,7 +213,7 @@ def is_due(step: int, every: int | None, num_steps: int) -> bool:
 def validate_every(run: Run) -> int | None:
     """Steps between validations; once an epoch for a method that adapts to them, unless the config says."""
     every = run.config.train.validate_every
-    if every is None and isinstance(run.config.loss, DistiLLMConfig):
+    if every is None and run.config.loss.adapts:
         return max(1, len(run.train) // samples_per_step(run))
     return every
 
@@ -237,8 +237,8 @@ def resume(run: Run) -> int:
     """Restore the newest valid checkpoint, if there is one; returns the number of steps done."""
     own_shard(run.engine)  # what could not be saved is refused now, not after the first hours
     config = run.config
-    root, inputs = config.run_dir / "checkpoints", input_hashes(run)
-    found = find_newest(root, config.training_hash(), samples_per_step(run), inputs)
+    root = config.run_dir / "checkpoints"
+    found = find_newest(root, config.training_hash(), samples_per_step(run), run.inputs)
     if found is None:
         return 0
     folder, progress = found
@@ -261,7 +261,7 @@ def save(run: Run, checkpoints: Checkpoints, step: int) -> None:
         world_size=distributed.world_size(),
         zero_stage=run.zero_stage,
         config_hash=run.config.training_hash(),
-        inputs=input_hashes(run),
+        inputs=run.inputs,
     )
 
     def save_state(folder: Path) -> list[str]:

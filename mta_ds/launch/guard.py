@@ -1,4 +1,4 @@
-"""An end to restarts that bring nothing: each start of a batch job notes how far the run's checkpoints have come.
+"""An end to restarts that bring nothing: each start of a batch job notes how far the run has come on disk.
 
 Slurm restarts a job for many reasons (time limit, preemption, a lost node) and would do so for ever where the job
 itself brings the node down, or where no step and checkpoint fit between its start and its end.
@@ -16,10 +16,10 @@ from mta_ds.files import write_atomic
 
 
 class _Starts(Section):
-    """The steps that were saved at each start of one job, the first start first."""
+    """What :func:`progress` was at each start of one job, the first start first."""
 
     job_id: str
-    steps: tuple[int, ...] = ()
+    progress: tuple[int, ...] = ()
 
 
 def guard(run_dir: Path, job_id: str, restart: int, max_idle: int) -> None:
@@ -34,22 +34,27 @@ def guard(run_dir: Path, job_id: str, restart: int, max_idle: int) -> None:
     """
     path = run_dir / "slurm" / "restarts.json"
     before = _read(path, job_id) if restart > 0 else ()
-    steps = (*before, newest_step(run_dir))
-    if idle_restarts(steps) >= max_idle:
+    starts = (*before, progress(run_dir))
+    if (idle := idle_restarts(starts)) >= max_idle:
         raise UserError(
-            f"{run_dir}: job {job_id} was restarted {idle_restarts(steps)} times without a new checkpoint after step "
-            f"{steps[-1]}; its log says why it ended. If a checkpoint came too late: a lower train.save_every, "
-            "a longer --time, or an earlier --signal"
+            f"{run_dir}: job {job_id} was restarted {idle} times without a new checkpoint after step "
+            f"{newest_step(run_dir)}; its log says why it ended. If a checkpoint came too late: a lower "
+            "train.save_every, a longer --time, or an earlier --signal"
         )
-    write_atomic(path, _Starts(job_id=job_id, steps=steps).model_dump_json() + "\n")
+    write_atomic(path, _Starts(job_id=job_id, progress=starts).model_dump_json() + "\n")
 
 
-def idle_restarts(steps: Sequence[int]) -> int:
-    """Restarts at the end of ``steps`` (saved at each start) that found no newer checkpoint than the start before."""
+def idle_restarts(starts: Sequence[int]) -> int:
+    """Restarts at the end of ``starts`` (the progress at each) that found no more than the start before."""
     idle = 0
-    while idle + 1 < len(steps) and steps[-1 - idle] <= steps[-2 - idle]:
+    while idle + 1 < len(starts) and starts[-1 - idle] <= starts[-2 - idle]:
         idle += 1
     return idle
+
+
+def progress(run_dir: Path) -> int:
+    """Grows with every step that is saved, and every part of an epoch's text, for which there may be many starts."""
+    return newest_step(run_dir) + sum(1 for _ in (run_dir / "epochs").glob("**/part-*.json"))
 
 
 def newest_step(run_dir: Path) -> int:
@@ -64,4 +69,4 @@ def _read(path: Path, job_id: str) -> tuple[int, ...]:
         starts = _Starts.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return ()
-    return starts.steps if starts.job_id == job_id else ()
+    return starts.progress if starts.job_id == job_id else ()

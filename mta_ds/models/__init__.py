@@ -36,6 +36,7 @@ from mta_ds.models.lora import (
     save_adapter,
 )
 from mta_ds.models.partitions import gathered
+from mta_ds.models.positions import check_positions, positions_in_table
 from mta_ds.models.teacher import PaddedBatch, StreamingTeacher, load_teacher, ragged
 from mta_ds.models.verify import verify_weights
 from mta_ds.models.whole import whole_copy
@@ -54,6 +55,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_size",
     "base_name",
+    "check_positions",
     "chunk_mlps",
     "copy_tokenizer",
     "count_parameters",
@@ -68,6 +70,7 @@ __all__ = [
     "merged_folder",
     "output_head",
     "plain_parameters",
+    "positions_in_table",
     "quiet_transformers",
     "ragged",
     "random_student",

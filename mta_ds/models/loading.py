@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -224,7 +225,8 @@ def _insist_on_match(path: Path, info: dict[str, Any]) -> None:
             what = problem.partition("_")[0]
             raise UserError(
                 f"{path}: weights do not match the model: {len(keys)} {what} (first: {keys[0]}); "
-                "check that config.json belongs to these weights"
+                "check that config.json belongs to these weights",
+                on_every_rank=True,
             )
 
 
@@ -278,7 +280,7 @@ def _freed_memory_returned() -> Iterator[None]:
 
     Each layer is whole for a moment as it is made and as it is filled, and glibc's heap grows around what stays: a rank
     then holds up to twice its partition. Afterwards blocks are kept again, up to the sizes that glibc itself goes to:
-    a step that maps its buffers anew each time would be slower.
+    a step that maps its buffers anew each time would be slower; who sets MALLOC_MMAP_THRESHOLD_ wants it all the same.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # not glibc
@@ -289,7 +291,7 @@ def _freed_memory_returned() -> Iterator[None]:
         yield
     finally:
         libc.malloc_trim(0)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 1 << 25)))
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
 
 

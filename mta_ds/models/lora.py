@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mta_ds.config import Section
@@ -116,14 +116,17 @@ def target_names(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return list(config.targets)
 
 
-def adapter_size(model_config: PretrainedConfig, config: LoraConfig, trust_remote_code: bool = False) -> AdapterSize:
-    """Count what :func:`inject_adapters` would train, without weights; raises what it would raise."""
+def adapter_size(outline: PreTrainedModel, config: LoraConfig) -> AdapterSize:
+    """Count what :func:`inject_adapters` would train, and raise what it would raise.
+
+    Args:
+        outline: a model without weights; it has the adapters then.
+    """
+    total = sum(p.numel() for p in outline.parameters())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-        total = sum(p.numel() for p in model.parameters())
-        inject_adapters(model, config, seed=0, base="")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AdapterSize(len(_lora_layers(model)), trainable, total)
+        inject_adapters(outline, config, seed=0, base="")
+    trainable = sum(p.numel() for p in outline.parameters() if p.requires_grad)
+    return AdapterSize(len(_lora_layers(outline)), trainable, total)
 
 
 def plain_parameters(model: PreTrainedModel) -> Iterator[tuple[list[str], Callable[[], Tensor]]]:

@@ -1,6 +1,7 @@
 """The streaming teacher: a frozen model that hands out each key layer's state and keeps none.
 
-It lives in ZeRO-3 partitions; one that is quantised, which ZeRO-3 cannot cut, is whole on every rank.
+It lives in ZeRO-3 partitions. One that is quantised, which ZeRO-3 cannot cut, is whole on every rank, and so is that of
+a run on one rank, where ZeRO-3's hooks would only cost time.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def load_teacher(
 ) -> StreamingTeacher:
     """Load the teacher into ZeRO-3 partitions and wrap it in its engine; torch.distributed must be initialised.
 
-    A quantised teacher is loaded whole, and has no engine.
+    A teacher that is quantised, or has one rank and is not offloaded, is loaded whole, and has no engine.
 
     Args:
         folder: the teacher's plain model folder, any adapter already merged.
@@ -123,9 +124,11 @@ def load_teacher(
             key layer.
         verify: compare every loaded weight with its file.
     """
-    quantized = config.quantization is not None
-    engine_config = None if quantized else teacher_config(config.deepspeed, dtype, micro_batch_size)
-    model = load_pretrained(folder, dtype, engine_config, config.trust_remote_code, config.quantization)
+    engine_config = None
+    if config.quantization is None:
+        engine_config = _unless_whole(teacher_config(config.deepspeed, dtype, micro_batch_size))
+    here = {"": torch.cuda.current_device()} if engine_config is None and torch.cuda.is_available() else None
+    model = load_pretrained(folder, dtype, engine_config, config.trust_remote_code, config.quantization, here)
     if verify:
         verify_weights(model, folder)
     model.requires_grad_(False)
@@ -141,6 +144,13 @@ def load_teacher(
         engine.eval()
     body.register_taps()
     return StreamingTeacher(engine, body)
+
+
+def _unless_whole(engine_config: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration, if ZeRO-3 has anything to do: ranks that share the weights, or other memory to hold them."""
+    offload = engine_config["zero_optimization"].get("offload_param") or {}
+    alone = torch.distributed.get_world_size() == 1 and offload.get("device", "none") == "none"
+    return None if alone else engine_config
 
 
 def _mark_expert_blocks(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mta_ds.errors import UserError
-from mta_ds.models.adapters import weight_files
+from mta_ds.models.initialise import weight_files
 from mta_ds.models.partitions import gathered
 
 
@@ -43,7 +43,8 @@ def verify_weights(model: PreTrainedModel, folder: Path) -> int:
     if wrong:
         raise UserError(
             f"{folder}: {len(wrong)} of {len(names)} weights are not those of the files (first: {wrong[0]}); "
-            "load the model with transformers, save it again with save_pretrained, or set train.verify_weights: false"
+            "load the model with transformers, save it again with save_pretrained, or set train.verify_weights: false",
+            on_every_rank=True,
         )
     return len(names)
 

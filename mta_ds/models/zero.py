@@ -69,6 +69,8 @@ def student_config(
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise UsageError(f"{path}: zero_optimization.stage is {stage}; the student runs under stage 1, 2 or 3")
+    if world_size == 1:  # nothing is sent, so nothing need be collected for it: a copy of every gradient less
+        config["zero_optimization"].setdefault("contiguous_gradients", False)
     return (
         config
         | _precision(dtype)
@@ -81,18 +83,27 @@ def student_config(
     )
 
 
-def teacher_config(path: Path | None, dtype: Dtype, micro_batch_size: int) -> dict[str, Any]:
-    """The frozen teacher engine's configuration; DeepSpeed partitions a model without optimizer under stage 3 only."""
+def teacher_config(
+    path: Path | None, dtype: Dtype, micro_batch_size: int, on_this_machine: bool = True
+) -> dict[str, Any]:
+    """The frozen teacher engine's configuration; DeepSpeed partitions a model without optimizer under stage 3 only.
+
+    Args:
+        on_this_machine: see :func:`check_offload`.
+    """
     config = read_deepspeed_config(path)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise UsageError(f"{path}: zero_optimization.stage is {stage}; a frozen teacher runs under stage 3 only")
-    check_offload(path, config["zero_optimization"].get("offload_param") or {})
+    check_offload(path, config["zero_optimization"].get("offload_param") or {}, on_this_machine)
     return config | _precision(dtype) | {"train_micro_batch_size_per_gpu": micro_batch_size}
 
 
-def check_offload(path: Path | None, offload: dict[str, Any]) -> None:
+def check_offload(path: Path | None, offload: dict[str, Any], on_this_machine: bool = True) -> None:
     """Refuse an ``offload_param`` that DeepSpeed would find out about when the model is half loaded.
+
+    Args:
+        on_this_machine: whether the folder and async_io must be there; a login node need not have them.
 
     Raises:
         UsageError: another device than cpu, nvme and none; nvme without a folder, or where async_io cannot be built.
@@ -103,8 +114,10 @@ def check_offload(path: Path | None, offload: dict[str, Any]) -> None:
     if device != "nvme":
         return
     folder = offload.get("nvme_path")
-    if folder is None or not Path(folder).is_dir():
+    if folder is None or (on_this_machine and not Path(folder).is_dir()):
         raise UsageError(f"{path}: offload_param.nvme_path: {folder or 'missing'}; name a folder on the NVMe disk")
+    if not on_this_machine:
+        return
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from mta_ds.engine.config import RunConfig
-from mta_ds.engine.pair import choose_method, key_layers
+from mta_ds.engine.pair import choose_method, key_layers, reads_final_state
 from mta_ds.errors import UserError
 from mta_ds.losses import Method
 from mta_ds.models import KeyLayer, adapter_size, load_config, state_width
@@ -181,7 +181,7 @@ def workload(config: RunConfig, batch_per_rank: int | None = None) -> Workload:
     widths = [(state_width(student_config, k.student), state_width(teacher_config, k.teacher)) for k in aligned]
     projections = sum(ours * theirs for ours, theirs in widths)
     lora = config.student.lora
-    trained = adapter_size(student_config, lora).trainable if lora is not None else student.parameters
+    trained = adapter_size(skeleton(student_config), lora).trainable if lora is not None else student.parameters
     needs_final, depth = _teacher_depth(config, method, aligned, depths[1])
     return Workload(
         student=student,
@@ -249,8 +249,7 @@ def _config_of(path: str, key: str, trust_remote_code: bool) -> PretrainedConfig
 
 def _teacher_depth(config: RunConfig, method: Method, aligned: Sequence[KeyLayer], num_layers: int) -> tuple[bool, int]:
     """Whether the teacher's final state is read, and how many of its layers run; 0 where it does not run at all."""
-    by_entropy = config.mta is not None and config.mta.teacher_weights == "entropy"
-    if method.divergence.needs_teacher or by_entropy or config.data.validation:
+    if reads_final_state(config, method):
         return True, num_layers
     layers = {layer.teacher for layer in aligned} | set(method.key_layers)
     return False, max(layers, default=0)

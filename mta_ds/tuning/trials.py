@@ -22,7 +22,6 @@ from mta_ds.config import dump
 from mta_ds.engine.config import RunConfig
 from mta_ds.engine.pair import student_folder, teacher_folder
 from mta_ds.files import write_atomic
-from mta_ds.losses import DistiLLMConfig
 from mta_ds.tuning.machine import Machine
 from mta_ds.tuning.memory import CHECKPOINT_COPY, Plan
 from mta_ds.tuning.plan_files import override, write_plan
@@ -194,7 +193,7 @@ def _config_of_trial(config: RunConfig, changes: dict[str, dict[str, Any]], fold
         **{"steps": steps, "epochs": None, "log_every": 1, "save_every": None, "validate_every": None},
         **{"asynchronous_saves": False, "max_minutes": None, "wandb_project": None},
     }
-    data: dict[str, Any] = {} if isinstance(config.loss, DistiLLMConfig) else {"validation": []}
+    data: dict[str, Any] = {} if config.loss.adapts else {"validation": []}
     values = config.model_dump(mode="json") | {"run_dir": str(folder)}
     for section, update in {**changes, "train": train, "data": data}.items():
         values[section] = values[section] | update

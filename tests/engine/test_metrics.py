@@ -73,3 +73,52 @@ def test_a_batch_log_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdout", Full())
     log.say("step 1/3")
     log.close()
+
+
+class Service:
+    """Weights & Biases' library, which fails from its ``failing`` call on."""
+
+    def __init__(self, failing: int) -> None:
+        self.calls: list[str] = []
+        self._failing = failing
+
+    def init(self, **_: object) -> Service:
+        return self._call("init")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._call(f"log {step}")
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def _call(self, name: str) -> Service:
+        self.calls.append(name)
+        if len(self.calls) > self._failing:
+            raise RuntimeError("no network")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("failing", "calls"),
+    [
+        (9, ["init", "log 1", "log 2", "finish"]),
+        (3, ["init", "log 1", "log 2", "finish"]),
+        (1, ["init", "log 1"]),
+        (0, ["init"]),
+    ],
+)
+def test_a_service_that_fails_ends_no_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: int,
+    calls: list[str],
+) -> None:
+    service = Service(failing)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    log = MetricsLog(tmp_path, 0, "project")
+    for step in (1, 2):
+        log.write(step, {"loss": 0.5}, {})
+    log.close()
+    assert service.calls == calls and steps(tmp_path / "metrics.jsonl") == [1, 2]
+    assert caplog.text.count("no network; the run goes on without it") == (failing < 9)

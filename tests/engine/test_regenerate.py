@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,19 @@ REJECTED = {
 
 def epoch_pairs(pair: Path, run_dir: Path, **changes: object) -> EpochPairs:
     config = load(write_config(pair, run_dir, **(REJECTED | changes)), RunConfig)
-    return EpochPairs(config, load_tokenizer(pair / "student"), load_pretrained(pair / "student", "float32"), None)
+    return EpochPairs(config, load_tokenizer(pair / "student"), load_pretrained(pair / "student", "float32"), None, {})
 
 
 def watch(*answers: bool) -> Watch:
     """Stops where ``answers`` says so, and nowhere after the last."""
     coming = iter(answers)
     return Watch(lambda: next(coming, False), lambda _: None)
+
+
+def epoch_folder(run_dir: Path, epoch: int = 0) -> Path:
+    """Where the only text of an epoch lies."""
+    (folder,) = (run_dir / "epochs").glob(f"*/epoch-{epoch:04d}")
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -38,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_stop_between_parts_loses_none(pair: Path, tmp_path: Path) -> None:
     whole, stopped = (epoch_pairs(pair, tmp_path / name) for name in ("whole", "stopped"))
     expected = whole.dataset(0, watch(), begins=True)
-    folder = tmp_path / "stopped" / "epochs" / "epoch-0000"
+    folder = stopped.folder(0)
     times: dict[Path, int] = {}
     for complete in (1, 2, 3, 4, 5, 6):  # a start makes one part, the answers' first
         assert stopped.dataset(0, watch(True), begins=True) is None
@@ -49,9 +56,8 @@ def test_a_stop_between_parts_loses_none(pair: Path, tmp_path: Path) -> None:
     found = stopped.dataset(0, watch(True), begins=True)  # nothing is left to make, so nothing is asked
     assert found is not None and expected is not None
     assert found.summary == expected.summary and found.summary.with_spans > 12
-    ours, theirs = (contents(tmp_path / name / "epochs" / "epoch-0000" / "rejected") for name in ("stopped", "whole"))
-    assert ours == theirs
-    assert (folder / "pairs.jsonl").read_bytes() == (tmp_path / "whole/epochs/epoch-0000/pairs.jsonl").read_bytes()
+    assert contents(folder / "rejected") == contents(whole.folder(0) / "rejected")
+    assert (folder / "pairs.jsonl").read_bytes() == (whole.folder(0) / "pairs.jsonl").read_bytes()
 
 
 def test_parts_do_not_depend_on_the_ranks(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +67,9 @@ def test_parts_do_not_depend_on_the_ranks(pair: Path, tmp_path: Path, monkeypatc
         pairs = epoch_pairs(pair, tmp_path / "two")
         monkeypatch.setattr("mta_ds.engine.distributed.rank", lambda rank=rank: rank)
         monkeypatch.setattr("mta_ds.engine.distributed.world_size", lambda: 2)
-        monkeypatch.setattr("mta_ds.engine.distributed.gather_objects", lambda value: [[0, 1, 2], value])
+        monkeypatch.setattr("mta_ds.engine.distributed.from_rank_zero", lambda look: [0, 1, 2])
         monkeypatch.setattr("mta_ds.engine.distributed.on_rank_zero_first", lambda work: work())
-        folder = tmp_path / "two" / "epochs" / "epoch-0000"
+        folder = pairs.folder(0)
         before = set(folder.glob("rejected/part-*.jsonl"))
         assert pairs._answer(folder, 0, watch())
         made.append({path.name for path in set(folder.glob("rejected/part-*.jsonl")) - before})
@@ -89,7 +95,7 @@ def test_a_run_stopped_while_it_writes_goes_on_with_other_ranks(pair: Path, tmp_
     two = ("train.micro_batch_size=2", "--nproc", 2)
     first = run_command("train", path, "train.max_minutes=1e-9", *two, check=False)
     assert first.returncode == 75, first.stderr[-2000:]
-    answers = tmp_path / "stopped" / "epochs" / "epoch-0000" / "rejected"
+    answers = epoch_folder(tmp_path / "stopped") / "rejected"
     assert len(list(answers.glob("part-*.jsonl"))) == 2 and not (answers / "manifest.json").exists()
     beat = json.loads((tmp_path / "stopped" / "heartbeat" / "rank-00001.json").read_text())
     assert (beat["step"], beat["phase"]) == (0, "stopped")
@@ -101,11 +107,18 @@ def test_a_run_stopped_while_it_writes_goes_on_with_other_ranks(pair: Path, tmp_
     ]
 
 
-def test_a_complete_epoch_of_other_ranks_is_taken_as_it_is(pair: Path, tmp_path: Path) -> None:
-    dataset = epoch_pairs(pair, tmp_path).dataset(0, watch(), begins=True)
-    other = {"max_new_tokens": 8, "num_shards": 5}
-    again = epoch_pairs(pair, tmp_path, generation=other).dataset(0, watch(), begins=False)
-    assert dataset is not None and again is not None and again.key == dataset.key
+def test_text_of_another_run_of_the_folder_is_not_taken(pair: Path, tmp_path: Path) -> None:
+    """Before its first checkpoint nothing else says what a run is: a stopped one's text may be of another model."""
+    first = epoch_pairs(pair, tmp_path)
+    dataset = first.dataset(0, watch(), begins=True)
+    assert dataset is not None
+    for other in (
+        epoch_pairs(pair, tmp_path, generation={"max_new_tokens": 7, "num_shards": 3}),
+        replace(first, inputs={"initial weights or configuration of the student": "another"}),
+    ):
+        assert other.folder(0) != first.folder(0) and other.dataset(0, watch(True), begins=True) is None
+    again = epoch_pairs(pair, tmp_path).dataset(0, watch(), begins=False)
+    assert again is not None and again.key == dataset.key
 
 
 def test_responses_are_as_long_as_what_is_trained_on(pair: Path, tmp_path: Path) -> None:

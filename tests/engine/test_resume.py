@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(pair: Path, undisturbed
         run_dir = tmp_path / "disk" / "run"
         launcher = start(write_config(pair, run_dir, **OPTIONS), stdout=subprocess.PIPE, stderr=told)
         try:
-            fill_between(launcher, run_dir, 4, 10)
+            fill_between(launcher, run_dir, 4, 16)  # long enough for every log to want another page
             assert launcher.wait() == 0, (tmp_path / "errors").read_text()
         finally:
             launcher.kill()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import write_config
+from transformers import AutoModelForCausalLM
 
 from mta_ds.config import load
 from mta_ds.engine import RunConfig
@@ -44,3 +45,19 @@ def test_dropout_is_there_if_asked_for(pair: Path, one_rank_group, tmp_path: Pat
     model = run.distiller.student.model
     assert model.training
     assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.25 * dropout}
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_a_teacher_of_one_rank_has_no_engine_unless_it_is_offloaded(
+    pair: Path, one_rank_group, tmp_path: Path, offload: str | None
+) -> None:
+    zero = {"stage": 3} | ({"offload_param": {"device": offload}} if offload else {})
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    run = prepared(pair, tmp_path, teacher={"path": str(pair / "teacher"), "deepspeed": str(tmp_path / "zero.json")})
+    assert run.teacher is not None
+    assert {hasattr(parameter, "ds_id") for parameter in run.teacher.model.parameters()} == {offload is not None}
+    batch = run.loader.next_step()[0]
+    whole = AutoModelForCausalLM.from_pretrained(pair / "teacher").model.eval()
+    with torch.no_grad():
+        states = whole(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    assert torch.equal(run.teacher.run(batch), states.flatten(0, 1)[batch.valid])

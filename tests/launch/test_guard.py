@@ -43,6 +43,17 @@ def test_restarts_without_progress_end_and_with_it_go_on(tmp_path: Path) -> None
     guard(tmp_path, "13", 0, max_idle=3)  # somebody mended it and submits it anew
 
 
+def test_parts_of_an_epochs_text_are_progress(tmp_path: Path) -> None:
+    parts = tmp_path / "epochs" / "abc" / "epoch-0000" / "rejected"
+    parts.mkdir(parents=True)
+    for restart in range(6):
+        guard(tmp_path, "12", restart, max_idle=1)
+        (parts / f"part-{restart:05d}-of-00008.json").touch()
+    guard(tmp_path, "12", 6, max_idle=1)
+    with pytest.raises(UserError, match="after step 0"):
+        guard(tmp_path, "12", 7, max_idle=1)
+
+
 def test_another_jobs_or_a_damaged_note_counts_for_nothing(tmp_path: Path) -> None:
     guard(tmp_path, "12", 0, max_idle=1)
     guard(tmp_path, "13", 1, max_idle=1)

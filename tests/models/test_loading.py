@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mta_ds.models import (
     resolve_model,
     student_config,
 )
+from mta_ds.models.loading import _freed_memory_returned
 from mta_ds.models.zero import teacher_config
 
 CONFIGS = {
@@ -156,6 +158,8 @@ def test_deepspeed_json_may_not_say_what_the_yaml_says(tmp_path: Path) -> None:
     path.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}')
     made = student_config(path, "bfloat16", 3, 2, 4, 0.5)
     assert made["train_batch_size"] == 24 and made["bf16"]["enabled"] and made["gradient_clipping"] == 0.5
+    alone = student_config(path, "bfloat16", 3, 2, 1, 0.5)
+    assert [each["zero_optimization"].get("contiguous_gradients") for each in (made, alone)] == [None, False]
     with pytest.raises(UsageError, match="stage 3 only"):
         teacher_config(path, "float32", 1)
     path.write_text("{]")
@@ -189,3 +193,33 @@ def test_nvme_offload_needs_async_io(tmp_path: Path) -> None:
         return
     with pytest.raises(UsageError, match="needs DeepSpeed's async_io, which cannot be built here"):
         teacher_config(path, "float32", 1)
+
+
+class _MemoryInfo(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc 2.33 or newer")
+@pytest.mark.parametrize(("said", "is_mapped"), [(None, False), ("65536", True)])
+def test_large_blocks_are_kept_after_loading_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, is_mapped: bool
+) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = _MemoryInfo, ctypes.c_void_p, [ctypes.c_void_p]
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    if said is not None:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", said)
+    try:
+        with _freed_memory_returned():
+            pass
+        before = libc.mallinfo2().hblks
+        block = libc.malloc(1 << 20)
+        assert libc.mallinfo2().hblks - before == is_mapped
+        libc.free(block)
+    finally:
+        monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+        with _freed_memory_returned():
+            pass

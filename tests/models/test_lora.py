@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mta_ds.errors import UserError
+from mta_ds.models.loading import model_outline
 from mta_ds.models.lora import (
     LoraConfig,
     adapter_parameters,
@@ -157,7 +158,7 @@ def test_pefts_own_loader_reads_what_is_saved(kind: str, tmp_path: Path) -> None
 def test_size_without_weights_is_that_of_the_model(kind: str) -> None:
     model = make_model(kind)
     total = sum(p.numel() for p in model.parameters())
-    size = adapter_size(model.config, LORA)
+    size = adapter_size(model_outline(model.config), LORA)
     inject_adapters(model, LORA, seed=0, base="")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     modules = sum(name.endswith(".lora_A.weight") for name in adapter_parameters(model))
@@ -178,7 +179,7 @@ def test_targets_that_match_nothing_name_some_that_exist(targets: tuple[str, ...
     model = make_model()
     for call in (
         lambda: inject_adapters(model, LoraConfig(targets=targets), 0, ""),
-        lambda: adapter_size(model.config, LoraConfig(targets=targets)),
+        lambda: adapter_size(model_outline(model.config), LoraConfig(targets=targets)),
     ):
         with pytest.raises(UserError, match=rf"student\.lora\.targets: .*{message}"):
             call()
