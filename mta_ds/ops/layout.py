@@ -162,7 +162,8 @@ class SpanLayout:
         num_sequences = len(self.cu_seqlens) - 1
         if num_sequences == 1 or (num_sequences > 1 and self.num_tokens <= num_tokens):
             sizes = (self.num_tokens, len(self.members.spans), len(self.members.span_tokens), len(self.members.covered))
-            return [Group(*(slice(0, size) for size in sizes), layout=self)]  # not kept: it would keep itself
+            tokens, spans, pairs, covered = (slice(0, size) for size in sizes)
+            return [Group(tokens, spans, pairs, covered, self)]  # not kept: it would keep itself
         if num_tokens not in self._groups:
             self._groups[num_tokens] = list(self._cut(num_tokens))
         return self._groups[num_tokens]
