@@ -254,8 +254,11 @@ class VocabularySize(NamedTuple):
     vocabulary: int
 
 
-def make_divergence(whole: bool, name: str, size: VocabularySize, dtype: torch.dtype) -> Work:
-    """Divergence from hidden states through both heads: whole logits in fp32, or ours."""
+def make_divergence(way: str, name: str, size: VocabularySize, dtype: torch.dtype) -> Work:
+    """Divergence from hidden states through both heads: by ours, or by "full" logits, multiplied in fp32.
+
+    "rounded" logits are multiplied in ``dtype`` before they are made fp32: in bf16 that costs a probability percents.
+    """
     torch.manual_seed(0)
     student, teacher = (torch.randn(size.tokens, size.width).to(dtype) for _ in range(2))
     heads = [torch.randn(size.vocabulary, size.width).mul_(size.width**-0.5).to(dtype) for _ in range(2)]
@@ -265,15 +268,17 @@ def make_divergence(whole: bool, name: str, size: VocabularySize, dtype: torch.d
     divergence = Divergence(name)  # type: ignore[arg-type]
 
     def full() -> Tensor:
-        log_q = (student @ heads[0].T).float().log_softmax(-1)
+        multiplied_in = torch.float32 if way == "full" else dtype
+        sides = [[x.to(multiplied_in) for x in pair] for pair in zip((student, teacher), heads, strict=True)]
+        log_q = (sides[0][0] @ sides[0][1].T).float().log_softmax(-1)
         with torch.no_grad():
-            log_p = (teacher @ heads[1].T).float().log_softmax(-1)
+            log_p = (sides[1][0] @ sides[1][1].T).float().log_softmax(-1)
         return divergence_values(log_q, log_p, divergence).sum()
 
     def ours() -> Tensor:
         return linear_divergence(student, heads[0], teacher, heads[1], targets, divergence).loss
 
-    return lambda: torch.autograd.grad(full() if whole else ours(), (student, heads[0]))
+    return lambda: torch.autograd.grad(ours() if way == "ours" else full(), (student, heads[0]))
 
 
 def divergence(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
@@ -281,8 +286,8 @@ def divergence(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
     size = VocabularySize(64, 16, 512) if small else VocabularySize(2048, 576, 49152)
     rows = []
     for name in ("fkl", "srkl"):
-        both = {way: (make_divergence, way == "full", name, size, dtype) for way in ("full", "ours")}
-        results = measure(both, repeats)
+        ways = ("full", "ours", "rounded") if dtype == torch.bfloat16 else ("full", "ours")
+        results = measure({way: (make_divergence, way, name, size, dtype) for way in ways}, repeats)
         ours, full = results["ours"], results["full"]
         label = f"{name_of(dtype)} {size.tokens} tokens x {size.vocabulary} {name}"
         rows += [
@@ -291,6 +296,10 @@ def divergence(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
             Row(f"{label} ours", ours.median_seconds, "s"),
             Row(f"{label} ours: extra memory", ours.extra_bytes / 1e6, "MB"),
             bounded(f"{label} time ours / full", time_ratio(ours, full), "<=", None if small else 1.1),
+            *(
+                Row(f"{label} time ours / logits rounded to bf16", time_ratio(ours, results[way]), "×")
+                for way in ways[2:]
+            ),
             bounded(
                 f"{label} extra memory ours / full",
                 ours.extra_bytes / max(1, full.extra_bytes),
@@ -335,7 +344,7 @@ def make_fdd(num_key_layers: int, size: VocabularySize, dtype: torch.dtype) -> W
 def fdd(dtype: torch.dtype, repeats: int, small: bool) -> list[Row]:
     """FDD at three key layers and the divergence, against the divergence alone."""
     size = VocabularySize(64, 16, 512) if small else VocabularySize(2048, 576, 49152)
-    both = {"plain": (make_divergence, False, "fkl", size, dtype), "fdd": (make_fdd, 3, size, dtype)}
+    both = {"plain": (make_divergence, "ours", "fkl", size, dtype), "fdd": (make_fdd, 3, size, dtype)}
     results = measure(both, repeats)
     plain, ours = results["plain"], results["fdd"]
     label = f"{name_of(dtype)} {size.tokens} tokens x {size.vocabulary} fdd, 3 key layers"

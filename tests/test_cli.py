@@ -239,7 +239,9 @@ def test_parse_says_what_is_missing_and_reports_what_is_there(tmp_path: Path) ->
     given = ["parse", "--input", source, *store, "--num-shards", 2, "--parser", "none"]
     assert "others are missing" in run_command(*given, "--shard-index", 1, "--workers", 1).stdout
     assert "1 of 2 parts are missing: 0" in run_command("parse", "--status", *store).stdout
-    failed = run_command(*given, "--merge", check=False)
+    refused = run_command(*given, "--merge", check=False)
+    assert refused.returncode == 2 and "--merge: --parser would do nothing there; leave it out" in refused.stderr
+    failed = run_command("parse", "--input", source, *store, "--merge", check=False)
     assert failed.returncode == 1 and "1 of 2 parts are missing: 0; nothing to merge yet" in failed.stderr
     done = run_command(*given, "--report", tmp_path / "page.html")
     assert "span store complete: 8 records" in done.stdout and (tmp_path / "page.html").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,31 +196,16 @@ def test_nvme_offload_needs_async_io(tmp_path: Path) -> None:
         teacher_config(path, "float32", 1)
 
 
-class _MemoryInfo(ctypes.Structure):
-    """glibc's mallinfo2."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="not glibc 2.33 or newer")
-@pytest.mark.parametrize(("said", "is_mapped"), [(None, False), ("65536", True)])
+@pytest.mark.parametrize(("said", "threshold"), [(None, 1 << 25), ("65536", 1 << 16)])
 def test_large_blocks_are_kept_after_loading_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, is_mapped: bool
+    monkeypatch: pytest.MonkeyPatch, said: str | None, threshold: int
 ) -> None:
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = _MemoryInfo, ctypes.c_void_p, [ctypes.c_void_p]
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     if said is not None:
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", said)
-    try:
-        with _freed_memory_returned():
-            pass
-        before = libc.mallinfo2().hblks
-        block = libc.malloc(1 << 20)
-        assert libc.mallinfo2().hblks - before == is_mapped
-        libc.free(block)
-    finally:
-        monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-        with _freed_memory_returned():
-            pass
+    asked: list[tuple[int, int]] = []
+    libc = SimpleNamespace(mallopt=lambda *option: asked.append(option), malloc_trim=lambda _: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
+    with _freed_memory_returned():
+        assert asked == [(-3, 1 << 20)]
+    assert (-3, threshold) in asked[1:]
