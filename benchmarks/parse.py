@@ -6,7 +6,7 @@
 Documents are about four sentences of the demo's records. benepar's pipeline parses one document at a time on all
 threads, from texts to its own objects; ours is the whole stage, from a file of records to a merged store on disk, with
 a worker process a core. Neither has the start of processes and the loading of models in it. The bare encoder runs over
-the same sub-words in the same batches on one core, and is compared with what one of our workers does.
+the same sub-words in the same batches on one core, and is compared with what one of our workers does to its units.
 The MiniLM-size model has random weights: its trees mean nothing, and both sides must agree on them all the same.
 """
 
@@ -33,8 +33,8 @@ from common import Row, bounded, has_fast_bfloat16, machine_row, options, pin_th
 from mta_ds.spans import parse as stage
 from mta_ds.spans.benepar_model import build_chart_parser, lent_tokenizer_method, load_model
 from mta_ds.spans.parser import BF16, BUNDLED, BeneparParser, Sentence, load_parser
-from mta_ds.spans.pool import ParserPool
-from mta_ds.spans.rows import Field, batches, parse_fields
+from mta_ds.spans.pool import ParserPool, UnitParser, share_memory_pool
+from mta_ds.spans.rows import Field, batches
 from mta_ds.spans.segment import segment
 
 DEMO = BUNDLED.parent / "demo"
@@ -158,6 +158,8 @@ def case(name: str, model: Path, texts: list[str], threads: int, repeats: int) -
     """One model: rounds of benepar, our stage, one worker's part of it and the bare encoder, in turns."""
     fields, results = to_fields(texts), dict[str, Any]()
     theirs, parser = benepar_pipeline(model), BeneparParser(load_model(model))
+    share_memory_pool()  # as in a worker
+    parse_unit = UnitParser(parser)
     encoder = bare_encoder(parser, texts)
     with ExitStack() as stack:
         stages = {}
@@ -168,7 +170,7 @@ def case(name: str, model: Path, texts: list[str], threads: int, repeats: int) -
         work: dict[str, tuple[int, Callable[[], object]]] = {
             "benepar": (threads, lambda: theirs(texts)),
             **{dtype: (1, whole) for dtype, whole in stages.items()},
-            "one": (1, lambda: [parse_fields(unit, parser) for unit in batches(fields)]),
+            "one": (1, lambda: [parse_unit(unit) for unit in batches(fields)]),
             "encoder": (1, encoder),
         }
         times: dict[str, list[float]] = {key: [] for key in work}

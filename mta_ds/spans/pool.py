@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Protocol
@@ -117,6 +118,8 @@ class ParserPool:
         self._next = 0
         self._most_waiting = 4 * ahead * num_workers
         atexit.register(self.close)  # or multiprocessing would wait for workers that its SIGTERM does not end
+        # or the first worker's start would start it, which lifts the block of signals that a worker is to inherit
+        resource_tracker.ensure_running()
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, spec, device), daemon=True)

@@ -144,7 +144,7 @@ def test_pieces_of_the_text_refer_to_the_constituents_over_them(pair, tmp_path):
 
 def test_a_long_record_is_shown_sentence_by_sentence(tmp_path, monkeypatch):
     """Each sentence with its own units alone, found without a look at all the others'."""
-    text = "".join(f"Number {i} is here. " for i in range(5_000))  # 100 kB
+    text = "".join(f"Number {i} is here.\n" for i in range(5_000))  # 100 kB
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "r", "text": text}))
     parse(ParseConfig(inputs=(str(tmp_path / "a.jsonl"),), output=tmp_path / "s", parser="none"))
     calls, ranges = [], tree._ranges

@@ -101,6 +101,18 @@ def test_signals_to_the_whole_group_are_the_parents_to_handle(pool: ParserPool) 
         assert pool.result(pool.submit(fields(2))).table.num_rows == 2
 
 
+def test_the_first_worker_of_a_process_holds_signals_back_too() -> None:
+    code = (
+        "from mta_ds.spans.pool import ParserPool\n"
+        "if __name__ == '__main__':\n"
+        "    with ParserPool('none', 1) as pool:\n"
+        "        print(open(f'/proc/{pool._workers[0].process.pid}/status').read())\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], timeout=300, capture_output=True, text=True, check=True).stdout
+    (blocked,) = (int(line.split()[1], 16) for line in told.splitlines() if line.startswith("SigBlk:"))
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+
+
 def test_a_parent_that_fails_ends_with_its_workers() -> None:
     code = (
         "from mta_ds.spans.pool import ParserPool\n"
