@@ -32,7 +32,8 @@ from common import Row, bounded, has_fast_bfloat16, machine_row, options, pin_th
 
 from mta_ds.spans import parse as stage
 from mta_ds.spans.benepar_model import build_chart_parser, lent_tokenizer_method, load_model
-from mta_ds.spans.parser import BF16, BUNDLED, BeneparParser, Sentence, load_parser
+from mta_ds.spans.benepar_parser import BeneparParser
+from mta_ds.spans.parser import BF16, BUNDLED, Sentence, load_parser
 from mta_ds.spans.pool import ParserPool, UnitParser, share_memory_pool
 from mta_ds.spans.rows import Field, batches
 from mta_ds.spans.segment import segment

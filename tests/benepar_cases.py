@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from mta_ds.spans.benepar_model import build_chart_parser
-from mta_ds.spans.parser import BeneparParser, Parse, Sentence
+from mta_ds.spans.benepar_parser import BeneparParser
+from mta_ds.spans.parser import Parse, Sentence
 
 
 def sentence(text: str) -> Sentence:

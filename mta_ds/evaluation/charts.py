@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import matplotlib
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
 _DASHES = ("", "5 2", "1.5 1.5")  # the colours' second and third time around
@@ -142,6 +143,9 @@ def ranking(title: str, unit: str, names: Sequence[str], values: Sequence[float]
 @contextmanager
 def _axes(title: str, height: float = 2.7, grid: Literal["x", "y"] = "y") -> Iterator[tuple[Figure, Any]]:
     """An empty figure in the pages' style, which holds until it has been drawn."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.6, height), layout="constrained")
         axes = figure.add_subplot()

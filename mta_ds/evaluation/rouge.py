@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 
 class RougeL(NamedTuple):
@@ -44,5 +44,8 @@ def _best(prediction: str, references: Sequence[str]) -> float:
 
 @cache
 def _scorer() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
     # Handing over the package's own tokenizer changes nothing but the line it would log.
     return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))

@@ -112,7 +112,15 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        kinds = [
+            "*.json",
+            "*.safetensors",
+            "*.txt",
+            "*.model",
+            "*.jinja",
+            "*.py",
+        ]  # code runs where it is trusted alone
+        return Path(snapshot_download(path, allow_patterns=kinds))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: no such model folder, and the hub does not give it ({reason})") from None

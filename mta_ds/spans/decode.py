@@ -12,23 +12,13 @@ where cell (i, j) is the span of words i to j, both included. B sentences, M cel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-
-class Constituent(NamedTuple):
-    """Words ``start_word:end_word`` of a sentence under one label, a unary chain being one label ("S::VP").
-
-    ``height`` is 1 where the constituent directly dominates only words, else one more than the highest inside it.
-    """
-
-    start_word: int
-    end_word: int
-    label: str
-    height: int
+from mta_ds.spans.parser import Constituent
 
 
 def compiled(function: Callable[..., Any]) -> Any:

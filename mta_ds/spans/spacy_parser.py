@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mta_ds.errors import UserError
 from mta_ds.files import sha256
-from mta_ds.spans.decode import Constituent
-from mta_ds.spans.parser import Parse, Sentence
+from mta_ds.spans.parser import Constituent, Parse, Sentence
 
 if TYPE_CHECKING:
     from spacy.language import Language

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from mta_ds.errors import UserError
 from mta_ds.models.body import decoder_layers
 from mta_ds.models.initialise import cut_config
+from mta_ds.models.loading import model_outline
 
 _ATTENTION = "mta_ds_outline"
 
@@ -36,14 +37,9 @@ class LayerBytes:
     """That exist at once while one layer runs without autograd, its input and output included."""
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16, **options: Any) -> PreTrainedModel:
-    """The model on the meta device: every shape, no data."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return model
-
-
-def outline(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -> LayerBytes:
+def outline(
+    config: PretrainedConfig, dtype: torch.dtype, num_tokens: int, trust_remote_code: bool = False
+) -> LayerBytes:
     """Measure a decoder layer of ``config`` in ``dtype`` on one sequence of ``num_tokens``.
 
     Where attention is not fused, a token's bytes grow with the sequence: on shorter ones they are an upper bound.
@@ -52,10 +48,10 @@ def outline(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -> La
         UserError: the model's forward looks at values, as a mixture of experts does, so that it cannot be outlined.
     """
     AttentionInterface.register(_ATTENTION, _attention)
-    own = skeleton(cut_config(config, range(1))).config._attn_implementation
+    own = model_outline(cut_config(config, range(1)), trust_remote_code).config._attn_implementation
     options = {} if own == "eager" else {"attn_implementation": _ATTENTION}
     models = [
-        skeleton(cut_config(config, range(layers)), dtype, **options)
+        model_outline(cut_config(config, range(layers)), trust_remote_code, dtype=dtype, **options)
         for layers in (1, min(2, config.num_hidden_layers))
     ]
     try:

@@ -18,7 +18,8 @@ from mta_ds.losses import Method
 from mta_ds.models import KeyLayer, adapter_size, load_config, state_width
 from mta_ds.models.body import decoder_layers
 from mta_ds.models.initialise import cut_config, every_kth
-from mta_ds.tuning.outline import LayerBytes, outline, skeleton
+from mta_ds.models.loading import model_outline
+from mta_ds.tuning.outline import LayerBytes, outline
 
 # Units of a token in instruction data: 195 words and 75 phrases to 256 tokens.
 SPANS_PER_TOKEN = {"word": 195 / 256, "phrase": 75 / 256}
@@ -127,9 +128,11 @@ class Workload:
         return micro_batch_size * self.sequences_per_sample * self.sequence_length
 
 
-def model_shape(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -> ModelShape:
+def model_shape(
+    config: PretrainedConfig, dtype: torch.dtype, num_tokens: int, trust_remote_code: bool = False
+) -> ModelShape:
     """Count and size a model by its config; nothing is loaded."""
-    model = skeleton(config)
+    model = model_outline(config, trust_remote_code)
     sizes = tuple(parameter.numel() for parameter in model.parameters())  # tied ones come once
     layers = decoder_layers(model)
     heads = getattr(config, "num_attention_heads", 1)
@@ -146,7 +149,7 @@ def model_shape(config: PretrainedConfig, dtype: torch.dtype, num_tokens: int) -
         sizes=sizes,
         active=round(sum(_active(layer, config) for layer in layers)),
         cache_width=2 * key_heads * head_width * config.num_hidden_layers,
-        bytes=outline(config, dtype, num_tokens),
+        bytes=outline(config, dtype, num_tokens, trust_remote_code),
     )
 
 
@@ -177,15 +180,20 @@ def workload(config: RunConfig, batch_per_rank: int | None = None) -> Workload:
     method = choose_method(config, vocabulary, *depths)
     dtype = getattr(torch, config.train.dtype)
     length = config.data.max_length
-    student = model_shape(student_config, dtype, length)
+    trusted = config.student.trust_remote_code
+    student = model_shape(student_config, dtype, length, trusted)
     widths = [(state_width(student_config, k.student), state_width(teacher_config, k.teacher)) for k in aligned]
     projections = sum(ours * theirs for ours, theirs in widths)
     lora = config.student.lora
-    trained = adapter_size(skeleton(student_config), lora).trainable if lora is not None else student.parameters
+    trained = student.parameters
+    if lora is not None:
+        trained = adapter_size(model_outline(student_config, trusted), lora).trainable
     needs_final, depth = _teacher_depth(config, method, aligned, depths[1])
     return Workload(
         student=student,
-        teacher=_teacher(teacher_config, depth, dtype, length) if depth else None,
+        teacher=model_shape(cut_config(teacher_config, range(depth)), dtype, length, config.teacher.trust_remote_code)
+        if depth
+        else None,
         trained=trained + projections,
         adapters=lora is not None,
         projections=projections,
@@ -223,7 +231,7 @@ def model_configs(config: RunConfig) -> tuple[PretrainedConfig, PretrainedConfig
         return teacher, _config_of(source.path, "student.path", source.trust_remote_code)
     if source.config is not None:
         folder = source.config.parent if source.config.name == "config.json" else source.config
-        return teacher, load_config(folder)
+        return teacher, load_config(folder, source.trust_remote_code)
     layers = source.teacher_layers
     assert layers is not None  # StudentConfig holds exactly one source
     kept = every_kth(teacher.num_hidden_layers, layers) if isinstance(layers, int) else tuple(layers)
@@ -253,7 +261,3 @@ def _teacher_depth(config: RunConfig, method: Method, aligned: Sequence[KeyLayer
         return True, num_layers
     layers = {layer.teacher for layer in aligned} | set(method.key_layers)
     return False, max(layers, default=0)
-
-
-def _teacher(config: PretrainedConfig, depth: int, dtype: torch.dtype, num_tokens: int) -> ModelShape:
-    return model_shape(cut_config(config, range(depth)), dtype, num_tokens)

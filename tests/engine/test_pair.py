@@ -17,6 +17,7 @@ from mta_ds.engine.pair import prepare_pair
 from mta_ds.errors import UserError
 from mta_ds.models import load_tokenizer
 from mta_ds.spans.parse import ParseConfig, parse
+from mta_ds.tuning.shapes import workload
 
 
 def narrow_opt(pair: Path, folder: Path) -> dict[str, object]:
@@ -161,6 +162,16 @@ def test_models_with_code_of_their_own(
     values = {"teacher": own_code["teacher"]} | changes | {"student": student}
     check(load(write_config(pair, tmp_path / "run", **values), RunConfig))
     assert "own, 3 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", [{}, {"path": None, "teacher_layers": 3}, {"lora": {"r": 2}}])
+def test_plans_for_models_with_code_of_their_own(
+    pair: Path, tmp_path: Path, own_code: dict[str, dict], source: dict
+) -> None:
+    values = own_code | {"student": own_code["student"] | source}
+    work = workload(load(write_config(pair, tmp_path / "run", **values), RunConfig))
+    assert work.student.num_layers == (2 if "teacher_layers" in source else 3)
+    assert work.teacher is not None and work.teacher.num_layers == 6
 
 
 def test_code_that_may_not_run(pair: Path, tmp_path: Path, own_code: dict[str, dict]) -> None:

@@ -162,9 +162,9 @@ def test_of_the_teacher_covered_tokens_alone_are_read_beside_given_weights():
 
 def test_what_is_kept_is_the_students_alone():
     """Nothing of the teacher, nothing of the projected tokens, and nothing whole on the way."""
-    n, d_student, d_teacher = 8 * 1024, 4, 200
+    n, d_student, d_teacher = 8 * key_layer._CPU_TOKENS, 4, 200
     spans = torch.arange(n).reshape(-1, 2)
-    layout = SpanLayout(bounds([128] * 64), spans, bounds([64] * 64))
+    layout = SpanLayout(bounds([128] * (n // 128)), spans, bounds([64] * (n // 128)))
     student, teacher, projection = random(n, d_student), random(n, d_teacher), random(d_teacher, d_student)
     with Largest() as seen:
         kept = align_layer(student, teacher, projection, layout)

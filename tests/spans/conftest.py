@@ -11,7 +11,8 @@ import pytest
 from span_cases import RightBranching
 
 from mta_ds.spans import parse as module
-from mta_ds.spans.parser import BeneparParser, load_parser
+from mta_ds.spans.benepar_parser import BeneparParser
+from mta_ds.spans.parser import load_parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "parser"
 

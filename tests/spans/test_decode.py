@@ -13,7 +13,8 @@ from benepar.decode_chart import ChartDecoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mta_ds.spans.decode import Constituent, compiled, decode, span_fenceposts
+from mta_ds.spans.decode import compiled, decode, span_fenceposts
+from mta_ds.spans.parser import Constituent
 
 NAMES = ("", "NP", "S::VP", "X")
 VOCAB = {name: number for number, name in enumerate(NAMES)}

@@ -13,10 +13,10 @@ from benepar_cases import LETTERS, SIMPLE, benepar_parses, bert, plain, sentence
 from transformers import BertModel, BertTokenizer, PreTrainedTokenizerBase
 
 from mta_ds.errors import UserError
-from mta_ds.spans import parser as module
+from mta_ds.spans import benepar_parser as module
+from mta_ds.spans.benepar_parser import BeneparParser
 from mta_ds.spans.parser import (
     BUNDLED,
-    BeneparParser,
     Constituent,
     Parse,
     Sentence,

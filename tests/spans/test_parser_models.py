@@ -23,7 +23,8 @@ from benepar_cases import (
 from transformers import AutoTokenizer
 
 from mta_ds.errors import UserError
-from mta_ds.spans.parser import BeneparParser, load_parser
+from mta_ds.spans.benepar_parser import BeneparParser
+from mta_ds.spans.parser import load_parser
 
 
 class TestOtherModels:
