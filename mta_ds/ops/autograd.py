@@ -31,6 +31,12 @@ def without_autocast(compute: Callable[P, R]) -> Callable[P, R]:
     return computed
 
 
+def graph_is_kept() -> bool:
+    """Within a backward: whether it may run again, so that what it stored must stay as it is."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # also what torch.compile asks
+    return kept is None or bool(kept())
+
+
 def differentiable_once(backward: Callable[..., R]) -> Callable[..., R]:
     """The backward of a Function whose stored gradients are constants: to differentiate it again raises.
 

@@ -20,8 +20,8 @@ from mta_ds.ops.autograd import differentiable_once, without_autocast
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.products import accumulating, add_product, product, total_dtype, write_product
 
-# Tokens that are projected at once: enough for products at full speed, few beside a batch; on a CPU half as many in half
-# precision, of which fp32 copies are made.
+# Tokens that are projected at once: enough for products at full speed, few beside a batch; on a CPU half as many in
+# half precision, of which fp32 copies are made.
 _CPU_TOKENS = 1024
 _GPU_TOKENS = 4096
 _FULL = (torch.float32, torch.float64)

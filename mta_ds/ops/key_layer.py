@@ -25,7 +25,7 @@ from mta_ds.ops.arguments import (
     check_trained,
     check_vector,
 )
-from mta_ds.ops.autograd import differentiable_once, without_autocast
+from mta_ds.ops.autograd import differentiable_once, graph_is_kept, without_autocast
 from mta_ds.ops.backend import backend_of
 from mta_ds.ops.dsa import align
 from mta_ds.ops.hid import Projector
@@ -38,7 +38,7 @@ from mta_ds.ops.token_weights import log_token_weights
 Reduction = Literal["sequence_mean", "weighted_mean", "paper"]
 StudentWeights = Literal["own", "teacher"]
 
-# Tokens that are worked on at once; on a CPU half as many in half precision, of which fp32 copies are made.
+# Tokens that are worked on at once.
 _CPU_TOKENS = 2048
 _GPU_TOKENS = 16_384
 
@@ -67,7 +67,8 @@ class LayerGradients(NamedTuple):
     dsa_spans: Tensor
     """∂dsa / ∂ the student's span states [K, d_S], in its dtype: fewer than tokens; pooling is undone in backward."""
     hid_tokens: Tensor
-    """∂hid / ∂ the student's covered tokens [m, d_S], in its dtype."""
+    """∂hid / ∂ the student's covered tokens, the first m rows of [n, d_S] (on a GPU [m, d_S]), in its dtype; backward
+    spreads them over the rest, which a CPU has no memory for until then."""
     hid_projection: Tensor
     """∂hid / ∂W [d_T, d_S] in the accumulating dtype."""
 
@@ -131,7 +132,7 @@ def _align(
         layout=layout,
         pool_shares=zero.new_empty(len(members.span_tokens)),
         dsa_spans=student.new_empty(len(members.spans), student.shape[1]),
-        hid_tokens=student.new_empty(len(members.covered), student.shape[1]),
+        hid_tokens=student.new_empty(len(members.covered) if student.is_cuda else len(student), student.shape[1]),
         hid_projection=projection,
     )
     parts = [
@@ -144,7 +145,7 @@ def _align(
             options,
             None if given is None else given[group.tokens],
         )
-        for group in layout.groups(tokens_at_once(student.is_cuda, student.element_size()))
+        for group in layout.groups(tokens_at_once(student.is_cuda))
     ]
     found = found._replace(hid_projection=projector.gradient())
     if not parts:
@@ -163,12 +164,14 @@ def _align_group(
     given: Tensor | None,
 ) -> LayerTerms:
     """The terms of some whole sequences; their gradients go to their places in ``found``."""
-    layout, members, narrow = group.layout, group.layout.members, student
-    if backend_of(student) == "torch":  # once for all ops; kernels do it in registers
-        student, teacher = accumulating(student), accumulating(teacher)
-    theirs = log_token_weights(teacher, layout.tokens) if given is None else given
-    ours = theirs if options.student_weights == "teacher" else log_token_weights(student, layout.tokens)
-    x, normaliser = _align_spans(student, ours, teacher, theirs, group, found, options)
+    layout, members = group.layout, group.layout.members
+    wide = student, teacher
+    if backend_of(student) == "torch":  # once for weights and spans; kernels do it in registers
+        wide = accumulating(student), accumulating(teacher)
+    theirs = log_token_weights(wide[1], layout.tokens) if given is None else given
+    ours = theirs if options.student_weights == "teacher" else log_token_weights(wide[0], layout.tokens)
+    x, normaliser = _align_spans(wide[0], ours, wide[1], theirs, group, found, options)
+    del wide  # its memory is Hid's now
     covered = members.on("covered", student.device)
     weights = theirs[covered]
     if options.reduction == "paper":
@@ -176,7 +179,7 @@ def _align_group(
     else:
         weights, _ = softmax_within(weights, layout.covered, x.dtype)
     tokens = None if len(covered) == len(student) else covered
-    hid = projector.project(narrow, teacher, weights, tokens, found.hid_tokens[group.covered])
+    hid = projector.project(student, teacher, weights, tokens, found.hid_tokens[group.covered])
     # a state shows in the token weights that come of it
     seen = (student if ours is theirs else ours, theirs if given is None else teacher)
     return LayerTerms(x, normaliser, hid, _finite(*seen, x + hid))
@@ -224,6 +227,8 @@ def _finite(student: Tensor, teacher: Tensor, loss: Tensor) -> Tensor:
 def attach(student: Tensor, projection: Tensor, gradients: LayerGradients) -> LayerTerms:
     """The layer's terms in the student's graph: backward returns the stored gradients times what arrives.
 
+    It writes over them where the graph is not kept for another backward, so they can be attached once.
+
     Where there was no span they are exact zeros, but every parameter still takes part, as collectives need.
 
     Args:
@@ -249,19 +254,23 @@ class _Attach(torch.autograd.Function):
         layout: SpanLayout = ctx.layout
         shares, dsa_spans, hid_tokens, hid_projection = ctx.saved_tensors
         by_dsa, _, by_hid, _ = upstream
-        student = hid_tokens.new_empty(layout.num_tokens, hid_tokens.shape[1])
-        for group in layout.groups(tokens_at_once(student.is_cuda, student.element_size())):
+        student = hid_tokens
+        if len(student) < layout.num_tokens or graph_is_kept():
+            student = hid_tokens.new_empty(layout.num_tokens, hid_tokens.shape[1])
+        # from the last on: where a group's tokens lie, the covered ones of no group before it do
+        for group in reversed(layout.groups(tokens_at_once(student.is_cuda))):
             members = group.layout.members
             rows = pool_gradient(dsa_spans[group.spans], shares[group.pairs], members, by_dsa)
             # scaled and added up in the accumulating dtype, and rounded once
             rows.addcmul_(accumulating(hid_tokens[group.covered]), by_hid)
             scatter(student[group.tokens], rows, members)
-        return student, (hid_projection * by_hid).to(ctx.projection_dtype), None
+        projection = hid_projection * by_hid if graph_is_kept() else hid_projection.mul_(by_hid)
+        return student, projection.to(ctx.projection_dtype), None
 
 
-def tokens_at_once(is_cuda: bool, element_bytes: int) -> int:
+def tokens_at_once(is_cuda: bool) -> int:
     """Tokens, in whole sequences, that are worked on at once."""
-    return _GPU_TOKENS if is_cuda else _CPU_TOKENS if element_bytes >= 4 else _CPU_TOKENS // 2
+    return _GPU_TOKENS if is_cuda else _CPU_TOKENS
 
 
 def _check(student: Tensor, teacher: Tensor, projection: Tensor, layout: SpanLayout, weights: Tensor | None) -> None:

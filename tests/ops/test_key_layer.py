@@ -113,6 +113,40 @@ def test_no_memory_is_read_before_it_is_written(backend, poisoned, dtype):
     check(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [2, 75, 2000])
+def test_a_graph_that_is_kept_runs_again_and_one_that_is_not_gives_the_same_bits(monkeypatch, dtype, group):
+    """Without it the stored gradients' own memory becomes the student's gradient, from the last group on."""
+    monkeypatch.setattr(key_layer, "_CPU_TOKENS", group)
+    spans = SpanLayout(*WHOLE)
+    student, projection, teacher = (
+        x.to(dtype) for x in (random(sum(LENGTHS), 10), random(24, 10, seed=2), random(sum(LENGTHS), 24, seed=1))
+    )
+    leaves = [student.requires_grad_(), projection.requires_grad_()]
+    assert 0 < len(spans.members.covered) < len(student)
+
+    def loss():
+        terms = attach(*leaves, align_layer(*(leaves[0], teacher, leaves[1]), spans))
+        return 0.7 * terms.dsa + 0.3 * terms.hid
+
+    kept = loss()
+    first, again = (torch.autograd.grad(kept, leaves, retain_graph=True) for _ in range(2))
+    last, alone = torch.autograd.grad(kept, leaves), torch.autograd.grad(loss(), leaves)
+    for gradients in zip(first, again, last, alone, strict=True):
+        assert all(torch.equal(each, gradients[0]) for each in gradients)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(kept, leaves)
+
+
+def test_gradients_that_became_another_are_not_used_again():
+    spans, leaves = SpanLayout(*WHOLE), [random(sum(LENGTHS), 10), random(24, 10, seed=2)]
+    found = align_layer(leaves[0], random(sum(LENGTHS), 24, seed=1), leaves[1], spans)
+    both = [attach(*(x.requires_grad_() for x in leaves), found).hid for _ in range(2)]
+    both[0].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        both[1].backward()
+
+
 def test_a_scale_is_not_rounded_before_the_gradient_is():
     """A loss's scale of 1/3 in bf16 is 0.2 % too large, and so would every gradient be."""
     spans = SpanLayout(*WHOLE)
@@ -156,6 +190,7 @@ def test_of_the_teacher_covered_tokens_alone_are_read_beside_given_weights():
     blank[layout.members.covered] = teacher[layout.members.covered]
     assert not torch.equal(blank, teacher)
     both = [align_layer(student, each, projection, layout, teacher_weights=weights) for each in (teacher, blank)]
+    both = [each._replace(hid_tokens=each.hid_tokens[: len(layout.members.covered)]) for each in both]
     for whole, covered in zip((*both[0].terms, *both[0][2:]), (*both[1].terms, *both[1][2:]), strict=True):
         assert torch.equal(whole, covered)
 
