@@ -48,14 +48,16 @@ from mta_ds.spans.parse import ParseConfig, parse
 WARM_UP_STEPS = 3
 MEASURED_STEPS = 5
 SECONDS_ALLOWED = 900
+FLOOR_ROUNDS = 4  # of floor and steps in turns, a repeat: one step says little on a busy machine
 STEP_BOUND = 1.15
 RANKS = 2  # that share a deep teacher
 STUDENTS = ("ZeRO-3", "ZeRO-2")
 # partitions everything and keeps nothing gathered, so that what grows with the teacher is its partition alone
 PARTITION_ALL = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
-# glibc maps blocks from this size on and unmaps them when they are freed. What it would keep of freed memory grows with
+# glibc maps blocks from the first size on, unmaps them when they are freed, and gives back what is free at its heap's end
+# beyond the second. What it would keep of freed memory grows with
 # the teacher, and is no memory of the step: before 2.38 it finds no use for a hole as large as the aligned block wanted
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 
 
 class Steps(NamedTuple):
@@ -148,7 +150,7 @@ def against_the_floor(folder: Path, pair: Path, repeats: int) -> list[Row]:
     for name, student in students.items():
         paths[name].write_text(yaml.safe_dump(config | {"student": student}))
     contestants = {"floor": (make_floor, paths["ZeRO-3"])}
-    found = measure(contestants | {name: (make_step, path) for name, path in paths.items()}, repeats)
+    found = measure(contestants | {name: (make_step, path) for name, path in paths.items()}, FLOOR_ROUNDS * repeats)
     rows = [Row("bare bodies, heads, backward, AdamW: the floor", found["floor"].median_seconds, "s")]
     for name in STUDENTS:
         step = f"demo step, student {name}"
@@ -195,7 +197,7 @@ def with_and_without_mta(folder: Path, pair: Path, repeats: int) -> list[Row]:
 def teacher_depth(folder: Path) -> list[Row]:
     """Peak memory of a step on one of two ranks, its share of the teacher aside, with 12 and 48 layers of one width.
 
-    The batch is large so that one state kept for each layer would show: 36 of them are over 150 MB here. What is left
+    The batch is large so that one state kept for each layer would show: 36 of them are over 300 MB here. What is left
     is bookkeeping, DeepSpeed's and Python's objects for each of a layer's modules and parameters, whatever its size.
     """
     records = folder / "train.jsonl"
@@ -223,7 +225,7 @@ def depth_config(folder: Path, teacher: Path) -> dict[str, Any]:
         "student": {"path": str(folder / "student"), "deepspeed": str(PARTITION_ALL)},
         "data": {"train": [str(folder / "train.jsonl")], "spans": str(folder / "spans"), "max_length": 256},
         "mta": {"num_layers": 3},
-        "train": {"steps": 1000, "micro_batch_size": 16},
+        "train": {"steps": 1000, "micro_batch_size": 32},
     }
 
 

@@ -288,19 +288,23 @@ def _freed_memory_returned() -> Iterator[None]:
 
     Each layer is whole for a moment as it is made and as it is filled, and glibc's heap grows around what stays: a rank
     then holds up to twice its partition. Afterwards blocks are kept again, up to the sizes that glibc itself goes to:
-    a step that maps its buffers anew each time would be slower; who sets MALLOC_MMAP_THRESHOLD_ wants it all the same.
+    a step that maps its buffers anew each time would be slower; who sets MALLOC_MMAP_THRESHOLD_ or
+    MALLOC_TRIM_THRESHOLD_ wants it all the same.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # not glibc
         yield
         return
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    mapped, trimmed = (
+        int(os.environ.get(f"MALLOC_{name}_THRESHOLD_", size)) for name, size in (("MMAP", 1 << 25), ("TRIM", 1 << 26))
+    )
+    libc.mallopt(_M_MMAP_THRESHOLD, min(mapped, 1 << 20))
     try:
         yield
     finally:
         libc.malloc_trim(0)
-        libc.mallopt(_M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 1 << 25)))
-        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped)
+        libc.mallopt(_M_TRIM_THRESHOLD, trimmed)
 
 
 @contextlib.contextmanager

@@ -196,16 +196,20 @@ def test_nvme_offload_needs_async_io(tmp_path: Path) -> None:
         teacher_config(path, "float32", 1)
 
 
-@pytest.mark.parametrize(("said", "threshold"), [(None, 1 << 25), ("65536", 1 << 16)])
+@pytest.mark.parametrize(
+    ("said", "while_loading", "afterwards"),
+    [({}, 1 << 20, (1 << 25, 1 << 26)), ({"MMAP": 1 << 16, "TRIM": 1 << 17}, 1 << 16, (1 << 16, 1 << 17))],
+)
 def test_large_blocks_are_kept_after_loading_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, threshold: int
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, int], while_loading: int, afterwards: tuple[int, int]
 ) -> None:
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    if said is not None:
-        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", said)
+    for name in ("MMAP", "TRIM"):
+        monkeypatch.delenv(f"MALLOC_{name}_THRESHOLD_", raising=False)
+    for name, size in said.items():
+        monkeypatch.setenv(f"MALLOC_{name}_THRESHOLD_", str(size))
     asked: list[tuple[int, int]] = []
     libc = SimpleNamespace(mallopt=lambda *option: asked.append(option), malloc_trim=lambda _: None)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
     with _freed_memory_returned():
-        assert asked == [(-3, 1 << 20)]
-    assert (-3, threshold) in asked[1:]
+        assert asked == [(-3, while_loading)]
+    assert asked[1:] == [(-3, afterwards[0]), (-1, afterwards[1])]
