@@ -54,9 +54,9 @@ RANKS = 2  # that share a deep teacher
 STUDENTS = ("ZeRO-3", "ZeRO-2")
 # partitions everything and keeps nothing gathered, so that what grows with the teacher is its partition alone
 PARTITION_ALL = Path(__file__).parents[1] / "ds_configs" / "cpu_test.json"
-# glibc maps blocks from the first size on, unmaps them when they are freed, and gives back what is free at its heap's end
-# beyond the second. What it would keep of freed memory grows with
-# the teacher, and is no memory of the step: before 2.38 it finds no use for a hole as large as the aligned block wanted
+# glibc maps blocks from the first size on and unmaps them when they are freed; of its heap's free end it keeps the
+# second. What it would keep of freed memory grows with the teacher, and is no memory of the step: before 2.38 it
+# finds no use for a hole as large as the aligned block wanted
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 
 
