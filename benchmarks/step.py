@@ -197,7 +197,7 @@ def with_and_without_mta(folder: Path, pair: Path, repeats: int) -> list[Row]:
 def teacher_depth(folder: Path) -> list[Row]:
     """Peak memory of a step on one of two ranks, its share of the teacher aside, with 12 and 48 layers of one width.
 
-    The batch is large so that one state kept for each layer would show: 36 of them are over 300 MB here. What is left
+    The batch is large so that one state kept for each layer would show: 36 of them are over 150 MB here. What is left
     is bookkeeping, DeepSpeed's and Python's objects for each of a layer's modules and parameters, whatever its size.
     """
     records = folder / "train.jsonl"
@@ -225,7 +225,7 @@ def depth_config(folder: Path, teacher: Path) -> dict[str, Any]:
         "student": {"path": str(folder / "student"), "deepspeed": str(PARTITION_ALL)},
         "data": {"train": [str(folder / "train.jsonl")], "spans": str(folder / "spans"), "max_length": 256},
         "mta": {"num_layers": 3},
-        "train": {"steps": 1000, "micro_batch_size": 32},
+        "train": {"steps": 1000, "micro_batch_size": 16},
     }
 
 

@@ -8,6 +8,7 @@ A new method is one module with a config and a subclass of either, and its line 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -62,9 +63,9 @@ class MethodConfig(Section):
         says, and may not come at other steps when a run is resumed."""
         return False
 
+    @abstractmethod
     def make(self, setting: Setting) -> Method:
         """The method."""
-        raise NotImplementedError
 
 
 class KeyLayerOptions(Section):

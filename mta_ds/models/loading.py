@@ -112,14 +112,8 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        kinds = [
-            "*.json",
-            "*.safetensors",
-            "*.txt",
-            "*.model",
-            "*.jinja",
-            "*.py",
-        ]  # code runs where it is trusted alone
+        # code is only run where it is trusted
+        kinds = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
         return Path(snapshot_download(path, allow_patterns=kinds))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]

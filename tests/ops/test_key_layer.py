@@ -126,7 +126,7 @@ def test_a_graph_that_is_kept_runs_again_and_one_that_is_not_gives_the_same_bits
     assert 0 < len(spans.members.covered) < len(student)
 
     def loss():
-        terms = attach(*leaves, align_layer(*(leaves[0], teacher, leaves[1]), spans))
+        terms = attach(*leaves, align_layer(leaves[0], teacher, leaves[1], spans))
         return 0.7 * terms.dsa + 0.3 * terms.hid
 
     kept = loss()
