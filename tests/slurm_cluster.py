@@ -148,10 +148,18 @@ class Cluster:
         return self.run("squeue", "--steps", "--noheader", "--format=%i").split()
 
     def kill(self, job: str) -> None:
-        """SIGKILL to the processes of a one-node job's (or task's) first step, behind Slurm's back."""
+        """SIGKILL to a one-node job's (or task's) first step, once it has processes, behind Slurm's back."""
+
+        def began() -> bool:
+            pids[:] = listed_pids(self.run("scontrol", "listpids", f"{number}.0", node, check=False))
+            return bool(pids)
+
+        pids: list[int] = []
         number, node = self.run("squeue", "--noheader", f"--jobs={job}", "--format=%A %N").split()
-        for line in self.run("scontrol", "listpids", f"{number}.0", node).splitlines()[1:]:
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+        wait_for(began, f"a process of {job}", self.root)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wait(self, *jobs: str, seconds: float = 900) -> dict[str, str]:
         """Wait until jobs have ended, for good or ill; the states of all their tasks."""
@@ -189,6 +197,15 @@ def missing_programs() -> list[str]:
     """What a machine lacks to run a Slurm."""
     path = os.environ["PATH"] + os.pathsep + "/usr/sbin"
     return [name for name in NEEDED if shutil.which(name, path=path) is None]
+
+
+def listed_pids(listing: str) -> list[int]:
+    """The processes that ``scontrol listpids`` tells of.
+
+    A task that Slurm has not forked yet is listed as -1, which to kill(2) is every process of this machine.
+    """
+    pids = (int(line.split()[0]) for line in listing.splitlines()[1:])
+    return [pid for pid in pids if pid > 0]
 
 
 def wait_for(condition: Callable[[], bool], what: str, root: Path, seconds: float = 300) -> None:

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from slurm_cluster import STEPS, Cluster, Command, freeze_after, minutes_so_far, start_again, wait_for, write_run
+from slurm_cluster import (
+    STEPS,
+    Cluster,
+    Command,
+    freeze_after,
+    listed_pids,
+    minutes_so_far,
+    start_again,
+    wait_for,
+    write_run,
+)
 from support import read_metrics
 
 from mta_ds.launch import pipeline
@@ -78,6 +88,12 @@ def states_by_stage(cluster: Cluster, jobs: dict[str, str]) -> dict[str, str]:
     stages = {job_id: stage for stage, job_id in jobs.items()}
     ended = cluster.wait(*stages)
     return {name.replace(name.partition("_")[0], stages[name.partition("_")[0]], 1): ended[name] for name in ended}
+
+
+def test_a_process_to_kill_is_one_that_runs() -> None:
+    listing = "PID   JOBID STEPID LOCALID GLOBALID\n-1    7     0      0       0\n4711  7     0      -       -\n"
+    assert listed_pids(listing) == [4711]
+    assert listed_pids("") == []
 
 
 def test_a_killed_task_stops_the_rest_and_status_says_so(finished: Finished) -> None:
