@@ -20,7 +20,7 @@ from mta_ds.models.body import CausalBody, decoder_layers, final_norm, truncate
 from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained
 from mta_ds.models.partitions import gathered, whole
 from mta_ds.models.verify import verify_weights
-from mta_ds.models.zero import teacher_config
+from mta_ds.models.zero import DEEPSPEED_PREFETCH, is_fetched_whole, teacher_config
 
 
 class PaddedBatch(Protocol):
@@ -139,7 +139,7 @@ def load_teacher(
     body = CausalBody(model, key_layers, num_layers).eval()
     engine: Any = body
     if engine_config is not None:
-        _mark_expert_blocks(model)
+        _fetch_as_one(model, engine_config["zero_optimization"])
         engine, *_ = deepspeed.initialize(model=body, config=engine_config)
         engine.eval()
     body.register_taps()
@@ -153,8 +153,19 @@ def _unless_whole(engine_config: dict[str, Any]) -> dict[str, Any] | None:
     return None if alone else engine_config
 
 
-def _mark_expert_blocks(model: nn.Module) -> None:
-    """Let ZeRO-3 fetch a mixture-of-experts block as one: ranks route to different experts and would deadlock."""
+def _fetch_as_one(model: nn.Module, zero: dict[str, Any]) -> None:
+    """Tell ZeRO-3 of which blocks it should gather all parameters at once, before the engine is made.
+
+    A mixture-of-experts block, because ranks route to different experts and would deadlock. And a whole decoder layer,
+    where no fetch ahead is lost by it: for each module inside DeepSpeed would run four hooks a forward, two of them for
+    a backward that never comes, and hold some 20 kB. A larger layer goes matrix by matrix, so that the next ones travel
+    while it computes; and so does one on NVMe, whose few buffers take a matrix each.
+    """
     blocks = {type(m) for m in model.modules() if isinstance(getattr(m, "experts", None), nn.ModuleList)}
+    if (zero.get("offload_param") or {}).get("device") != "nvme":
+        layers = decoder_layers(model)
+        largest = max(sum(parameter.ds_numel for parameter in layer.parameters()) for layer in layers)
+        if is_fetched_whole(largest, zero.get("stage3_prefetch_bucket_size", DEEPSPEED_PREFETCH)):
+            blocks |= {type(layer) for layer in layers}
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(model, list(blocks))

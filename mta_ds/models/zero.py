@@ -22,6 +22,11 @@ DEFAULT: dict[str, Any] = {
     }
 }
 
+DEEPSPEED_PREFETCH = 50_000_000
+"""Elements that DeepSpeed gathers ahead where a configuration does not say."""
+SMALL_LAYER = 1 << 24
+"""Elements of a layer that takes longer to ask for than to send."""
+
 # What the YAML owns; a JSON that says it too could only disagree.
 _OWNED = (
     "train_batch_size",
@@ -54,6 +59,11 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
             raise UsageError(f"{path}: '{key}' is set by the run's YAML (section train); remove it or write \"auto\"")
         config.pop(key, None)
     return config
+
+
+def is_fetched_whole(layer_elements: int, prefetch_bucket_size: int) -> bool:
+    """Whether ZeRO-3 gathers a frozen decoder layer at once: it is small, or the next one still fits ahead of it."""
+    return layer_elements <= max(prefetch_bucket_size, SMALL_LAYER)
 
 
 def student_config(

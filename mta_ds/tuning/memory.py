@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from mta_ds.models.zero import is_fetched_whole
 from mta_ds.ops.heads import chunk_shape
 from mta_ds.ops.hid import hid_chunk_tokens
 from mta_ds.ops.key_layer import tokens_at_once
@@ -242,7 +243,8 @@ def _teacher_forward(work: Workload, plan: Plan, machine: Machine) -> Parts:
         return {}
     shape, b, tokens = work.teacher, work.element_bytes, work.tokens(plan.micro_batch_size)
     n = machine.num_ranks
-    gathered = min(shape.parameters, shape.largest + plan.prefetch_bucket_size)
+    layer = shape.layer_parameters if is_fetched_whole(shape.layer_parameters, plan.prefetch_bucket_size) else 0
+    gathered = min(shape.parameters, max(shape.largest, layer) + plan.prefetch_bucket_size)
     parts = {
         "teacher gathered parameters": b * (gathered if plan.offload_teacher else _unless_alone(gathered, n)),
         "teacher layer at work": tokens * shape.bytes.working,
