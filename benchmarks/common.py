@@ -71,7 +71,7 @@ def time_ratio(a: Measured, b: Measured) -> float:
 
 
 def measure(contestants: Mapping[str, tuple[Any, ...]], rounds: int) -> dict[str, Measured]:
-    """Measure all contestants in turns.
+    """Measure all contestants in turns, each second round in the opposite order.
 
     Args:
         contestants: name -> (function, its arguments ...); the function returns the work.
@@ -80,7 +80,9 @@ def measure(contestants: Mapping[str, tuple[Any, ...]], rounds: int) -> dict[str
     with ExitStack() as stack:
         pipes = {name: stack.enter_context(_process(_answer_times, *each)) for name, each in contestants.items()}
         for measured in range(rounds + 1):
-            for name, pipe in pipes.items():
+            # there and back: what went before slows a process, and must not always be the same one
+            for name in list(pipes)[:: 1 if measured % 2 else -1]:
+                pipe = pipes[name]
                 pipe.send("again")
                 answer = _receive(name, pipe)
                 if measured:  # the first round is the warm-up
