@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mta_ds.models.body import CausalBody, decoder_layers, final_norm, truncate
+from mta_ds.models.body import CausalBody, count_parameters, decoder_layers, final_norm, truncate
 from mta_ds.models.loading import Dtype, TeacherConfig, load_pretrained
 from mta_ds.models.partitions import gathered, whole
 from mta_ds.models.verify import verify_weights
@@ -164,7 +164,7 @@ def _fetch_as_one(model: nn.Module, zero: dict[str, Any]) -> None:
     blocks = {type(m) for m in model.modules() if isinstance(getattr(m, "experts", None), nn.ModuleList)}
     if (zero.get("offload_param") or {}).get("device") != "nvme":
         layers = decoder_layers(model)
-        largest = max(sum(parameter.ds_numel for parameter in layer.parameters()) for layer in layers)
+        largest = max(count_parameters(layer) for layer in layers)
         if is_fetched_whole(largest, zero.get("stage3_prefetch_bucket_size", DEEPSPEED_PREFETCH)):
             blocks |= {type(layer) for layer in layers}
     if blocks:
