@@ -63,7 +63,10 @@ def test_layers_are_gathered_whole_where_no_fetch_ahead_is_lost(
     assert_own_states(pair / "teacher", states)
 
 
-@pytest.mark.skipif(not AsyncIOBuilder().is_compatible(), reason="no headers of libaio to build DeepSpeed's async_io")
+@pytest.mark.skipif(
+    not AsyncIOBuilder().is_compatible(),
+    reason="no headers of libaio to build DeepSpeed's async_io (minutes on two cores)",
+)
 def test_a_teacher_on_a_disk_goes_by_matrices_through_few_buffers(one_rank_group: None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4}
