@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from tuning_cases import small_machine, small_plan, small_work
 
+from mta_ds.models import zero
 from mta_ds.models.key_layers import KeyLayer
 from mta_ds.tuning.memory import memory, student_activations
 from mta_ds.tuning.shapes import ModelShape, Writing
@@ -29,6 +30,15 @@ def big_work(**changes):
         work,
         **{"student": big(work.student), "teacher": big(work.teacher), "trained": 10_000_032} | changes,
     )
+
+
+def test_a_teachers_layer_that_is_gathered_whole_counts_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # five parameters of 200, the layer 300 of them: more than the largest
+    work = small_work(teacher=dataclasses.replace(small_work().teacher, layer_parameters=300))
+    monkeypatch.setattr(zero, "SMALL_LAYER", 0)
+    for prefetch, gathered in ((299, 200 + 299), (300, 300 + 300)):
+        needed = memory(work, small_plan(prefetch_bucket_size=prefetch), small_machine())
+        assert needed.phases["teacher's forward"]["teacher gathered parameters"] == 2 * gathered
 
 
 def test_stage_2_by_hand() -> None:
