@@ -6,6 +6,7 @@ text, and for each word the index of the sub-word whose vector stands for it.
 
 from __future__ import annotations
 
+import itertools
 import string
 import sys
 from collections.abc import Sequence
@@ -125,6 +126,20 @@ class SentenceEncoder:
         last[1:-1][last[1:-1] >= 0] += shift
         last[0], last[-1] = self._retokenizer.start_token_idx % total, self._retokenizer.stop_token_idx % total
         return Encoded(words, subwords, types, last)
+
+    def samples(self) -> list[Encoded]:
+        """A few dozen sentences of 1 to 32 words, taken from all over the tokenizer's vocabulary: they mean nothing."""
+        vocabulary = self._tokenizer.get_vocab()
+        names = sorted(vocabulary, key=vocabulary.__getitem__)
+        words = [self._tokenizer.convert_tokens_to_string([name]).strip() for name in names]
+        words = [word for word in words if word.isalpha()]
+        sizes = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32] * 3
+        total = sum(sizes)
+        words = [words[number * len(words) // total] for number in range(total)] if words else []
+        bounds = np.cumsum([0, *sizes]).tolist()
+        parts = [tuple(words[first:last]) for first, last in itertools.pairwise(bounds)]
+        encoded = self.encode([(part, (True,) * len(part)) for part in parts if part])
+        return [one for one in encoded if self.takes(one)]
 
     def collate(self, sentences: Sequence[Encoded]) -> dict[str, Any]:
         """The padded batch that ``ChartParser.forward`` would read."""

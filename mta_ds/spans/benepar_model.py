@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from benepar.nkutil import HParams
 from benepar.parse_chart import ChartParser
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mta_ds.errors import UserError
 from mta_ds.files import sha256
@@ -199,30 +200,39 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def annotate(
-    model: ChartParser, batch: dict[str, Any], transformer: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> Tensor:
-    """Word vectors [B, longest + 2, d_model] of a padded batch: the first half of ``ChartParser.forward``.
+class Body(NamedTuple):
+    """What may stand for a model's own layers: the pretrained encoder, read at positions, and those above it."""
 
-    ``transformer`` stands for ``model.encoder``, where given.
-    """
+    pretrained: Callable[[dict[str, Any], Tensor], Tensor] | None = None
+    transformer: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+_OWN = Body()
+
+
+def annotate(model: ChartParser, batch: dict[str, Any], body: Body = _OWN) -> Tensor:
+    """Word vectors [B, longest + 2, d_model] of a padded batch: the first half of ``ChartParser.forward``."""
     valid = batch["valid_token_mask"]
     if model.char_encoder is not None:
         content = model.char_encoder(batch["char_ids"], valid)
     else:
-        names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
-        output = model.pretrained_model(**{name: batch[name] for name in names if name in batch})
-        hidden = output.last_hidden_state
-        # Padding words have index -100; what is gathered for them is zeroed.
+        # Padding words have index -100; what is read for them is zeroed.
         index = batch["words_from_tokens"].clamp_min(0)
-        features = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])).float()
+        features = (body.pretrained or partial(read_states, model.pretrained_model))(batch, index)
         content = model.project_pretrained(features.masked_fill_(~valid[:, :, None], 0))
     annotations: Tensor = content
     if model.encoder is None:
         return annotations
-    annotations = (transformer or model.encoder)(model.add_timing(model.morpho_emb_dropout(content)), valid)
+    annotations = (body.transformer or model.encoder)(model.add_timing(model.morpho_emb_dropout(content)), valid)
     # Position and content are interleaved halves; a fencepost takes an even share of both from either side.
     return torch.cat([annotations[..., 0::2], annotations[..., 1::2]], -1)
+
+
+def read_states(pretrained: PreTrainedModel, batch: dict[str, Any], index: Tensor) -> Tensor:
+    """Last hidden states [B, W, d] in fp32 at the positions ``index`` [B, W] of a padded batch."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+    hidden: Tensor = pretrained(**{name: batch[name] for name in names if name in batch}).last_hidden_state
+    return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1])).float()
 
 
 def fencepost_features(model: ChartParser, annotations: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _decode_batch(scores, labels, lengths, visible):  # type: ignore[no-untyped-
     for sentence in range(len(lengths)):
         length = lengths[sentence]
         cells = length * (length + 1) // 2
-        _fill_chart(scores[offset : offset + cells], length, inside, mirror, split)
+        fill_chart(scores[offset : offset + cells], length, inside, mirror, split)
         first = bounds[sentence]
         bounds[sentence + 1] = _walk(
             labels[offset : offset + cells], length, split, visible, first, starts, ends, found, heights
@@ -92,7 +92,7 @@ def _decode_batch(scores, labels, lengths, visible):  # type: ignore[no-untyped-
 
 
 @compiled
-def _fill_chart(scores, length, inside, mirror, split):  # type: ignore[no-untyped-def]
+def fill_chart(scores, length, inside, mirror, split):  # type: ignore[no-untyped-def]
     """inside[i, j] = score of the best tree over words i..j; split[i, j] = last word of its left part."""
     cell = 0
     for i in range(length):

@@ -55,7 +55,7 @@ class ParseConfig(Section):
     output: Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
     """The store's folder."""
     parser: str | None = None
-    """A Benepar model's path (in bf16 with ``bf16:`` before it), ``spacy:MODEL`` or "none"; None: the bundled model."""
+    """A Benepar model's path (``fp32:`` before it: no bf16), ``spacy:MODEL`` or "none"; None: the bundled model."""
     num_shards: int = Setting(default=1, ge=1)
     max_reject_share: float = Setting(default=0.0, ge=0, le=1)
     """Share of bad rows above which the stage fails."""

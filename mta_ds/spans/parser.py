@@ -14,7 +14,7 @@ import torch
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "parser"
 WORDS_ONLY = "none"
-BF16 = "bf16:"
+FP32 = "fp32:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,13 @@ def load_parser(spec: str | None, device: str = "cpu") -> Parser:
     Args:
         spec: None for the bundled model; "none" for words without constituents; "spacy:MODEL" for the noun chunks and
             verb groups of a spaCy model, a folder or an installed package; else the path of a Benepar model:
-            a folder in ``benepar_en3``'s format or a single-file training checkpoint. "bf16:" before a Benepar
-            model's path, or alone for the bundled model, runs its encoder in bf16: faster on a CPU that has such
-            instructions, and another parser, since some trees change.
+            a folder in ``benepar_en3``'s format or a single-file training checkpoint. "fp32:" before a Benepar
+            model's path, or alone for the bundled model, makes its products in fp32 only; without it, a CPU that has
+            instructions for bf16 parses in bf16 first, and again in fp32 what rounding could have decided.
         device: where a Benepar model runs: "cpu" or "cuda"; the others know the CPU only.
 
     Raises:
-        UserError: nothing is there, it is no model that can be loaded safely, or the CPU has no fast bf16.
+        UserError: nothing is there, or it is no model that can be loaded safely.
     """
     from mta_ds.spans import spacy_parser
 
@@ -102,7 +102,7 @@ def load_parser(spec: str | None, device: str = "cpu") -> Parser:
         return spacy_parser.SpacyParser(spacy_parser.load_model(spec.removeprefix(spacy_parser.PREFIX)))
     from mta_ds.spans import benepar_parser
 
-    return benepar_parser.BeneparParser(benepar_parser.load(spec, device), device)
+    return benepar_parser.load(spec, device)
 
 
 class WordsOnly:

@@ -113,7 +113,7 @@ ANEW = {"method": "distillm2", "regenerate": "both"}
     [
         (None, "no section parse, so the bundled one"),
         ({}, r"no parse\.parser, so the bundled one"),
-        ({"parser": "bf16:"}, r"parse\.parser: bf16:"),
+        ({"parser": "fp32:"}, r"parse\.parser: fp32:"),
     ],
 )
 def test_what_models_write_is_parsed_as_the_records_were(

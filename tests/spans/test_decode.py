@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numba
@@ -10,35 +9,14 @@ import numpy as np
 import pytest
 import torch
 from benepar.decode_chart import ChartDecoder
+from chart_cases import NAMES, all_trees, pack, random_chart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mta_ds.spans.decode import compiled, decode, span_fenceposts
 from mta_ds.spans.parser import Constituent
 
-NAMES = ("", "NP", "S::VP", "X")
 VOCAB = {name: number for number, name in enumerate(NAMES)}
-
-
-def pack(full: np.ndarray, force_root: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Best score and label of every cell of a full chart [n, n, labels]."""
-    length = len(full)
-    scores, labels = [], []
-    for i in range(length):
-        for j in range(i, length):
-            cell = full[i, j].copy()
-            if force_root and (i, j) == (0, length - 1):
-                cell[0] = -np.inf
-            labels.append(int(cell.argmax()))
-            scores.append(cell.max())
-    return np.array(scores, np.float32), np.array(labels, np.int64)
-
-
-def random_chart(rng: np.random.Generator, length: int, whole_numbers: bool = False) -> np.ndarray:
-    values = rng.integers(-2, 3, (length, length, 4)) if whole_numbers else rng.normal(size=(length, length, 4))
-    full = values.astype(np.float32)
-    full[..., 0] = 0
-    return full
 
 
 def decode_charts(charts: list[np.ndarray], force_root: bool) -> list[tuple[Constituent, ...]]:
@@ -57,16 +35,6 @@ def benepar_constituents(charts: list[np.ndarray], force_root: bool) -> list[set
     outputs = map(decoder.compressed_output_from_chart, decoder.charts_from_pytorch_scores_batched(batch, lengths))
     return [
         {(s, e, NAMES[label]) for s, e, label in zip(o.starts, o.ends, o.labels, strict=True) if label} for o in outputs
-    ]
-
-
-def all_trees(first: int, last: int) -> list[frozenset[tuple[int, int]]]:
-    if first == last:
-        return [frozenset({(first, last)})]
-    return [
-        left | right | {(first, last)}
-        for split in range(first, last)
-        for left, right in itertools.product(all_trees(first, split), all_trees(split + 1, last))
     ]
 
 
