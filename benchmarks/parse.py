@@ -36,7 +36,7 @@ from mta_ds.spans import parse as stage
 from mta_ds.spans.benepar_model import build_chart_parser, lent_tokenizer_method, load_model
 from mta_ds.spans.benepar_parser import BeneparParser
 from mta_ds.spans.parser import BUNDLED, FP32, Sentence, load_parser
-from mta_ds.spans.pool import ParserPool, UnitParser, share_memory_pool
+from mta_ds.spans.pool import ParserPool, UnitParser, lean_memory
 from mta_ds.spans.rows import Field, batches
 from mta_ds.spans.segment import segment
 
@@ -170,8 +170,9 @@ def seconds(work: Callable[[], object]) -> float:
 def case(name: str, model: Path, texts: list[str], threads: int, repeats: int) -> list[Row]:
     """One model: rounds of benepar, our stage, one worker's part of it and the bare encoder, in turns."""
     fields, results = to_fields(texts), dict[str, Any]()
-    theirs, parser = benepar_pipeline(model), BeneparParser(load_model(model), in_fp32=True)
-    share_memory_pool()  # as in a worker
+    theirs = benepar_pipeline(model)
+    with lean_memory():  # as in a worker
+        parser = BeneparParser(load_model(model), in_fp32=True)
     parse_unit = UnitParser(parser)
     encoder = bare_encoder(parser, texts)
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ from mta_ds.spans.identity import InputDigests, claim_store, read_identity
 from mta_ds.spans.log import Progress, read_inputs, write_inputs
 from mta_ds.spans.merge import complete_part, merge, missing_parts, reject_log
 from mta_ds.spans.parser import best_device, load_parser
-from mta_ds.spans.pool import Parsing, open_pool, share_memory_pool
+from mta_ds.spans.pool import Parsing, lean_memory, open_pool
 from mta_ds.spans.records import Record, Reject, local_files, may_follow, read_records
 from mta_ds.spans.rows import Field, Parsed, batches
 from mta_ds.spans.segment import SEGMENTATION
@@ -100,9 +100,9 @@ def parse(config: ParseConfig, shard_index: int | None = None) -> Manifest | Non
             f"--shard-index {shard_index}: want 0 to {config.num_shards - 1} for {config.num_shards} shards"
         )
     _refuse_records_in_output(config)
-    share_memory_pool()
     device = best_device(config.parser)
-    parser = load_parser(config.parser, device)
+    with lean_memory():
+        parser = load_parser(config.parser, device)
     digests = InputDigests(config.output)
     info = ParserInfo(name=parser.name, fingerprint=parser.fingerprint, versions=dict(parser.versions))
     identity = Identity(

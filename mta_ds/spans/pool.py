@@ -37,6 +37,8 @@ _ALONE = {"cpu": 4, "cuda": 1}
 _SECONDS_TO_END = 5.0
 # Giving memory back takes a look at all of it.
 _UNITS_A_TRIM = 8
+# A thousand, as is usual, are half a GB; with these few it takes no longer.
+_COMPILED_PRODUCTS = "32"
 _OF_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
@@ -212,9 +214,21 @@ class UnitParser:
         return parsed
 
 
-def share_memory_pool() -> None:
-    """Let Arrow use the C library's memory, as torch does: of two pools each keeps what the other could use."""
+@contextmanager
+def lean_memory() -> Iterator[None]:
+    """Where a process loads its parser: it will keep little beside what it works on, however many batches come.
+
+    Arrow uses the C library's memory as torch does, since of two pools each keeps what the other could use. And oneDNN
+    keeps few of the products that it compiles, in bf16 one a shape; it asks how many when it makes its first.
+    """
     pa.set_memory_pool(pa.system_memory_pool())
+    ours = [name for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY") if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, _COMPILED_PRODUCTS))
+    try:
+        yield
+    finally:
+        for name in ours:  # processes that this one starts may do other work
+            del os.environ[name]
 
 
 class _Worker:
@@ -259,7 +273,6 @@ class _Worker:
 def _work(pipe: Connection, spec: str | None, device: str) -> None:
     """A worker: units from a thread that always reads, so that a parent never waits to hand one over."""
     torch.set_num_threads(1)
-    share_memory_pool()
     units: SimpleQueue[list[Field] | None] = SimpleQueue()
     threading.Thread(target=_read, args=(pipe, units), daemon=True).start()
     with suppress(OSError):  # nobody is there any more
@@ -272,7 +285,8 @@ def _answers(
 ) -> Iterator[Parsed | UserError | str]:
     """Every unit's rows, or last of all why there are none."""
     try:
-        parse = UnitParser(load_parser(spec, device))
+        with lean_memory():
+            parse = UnitParser(load_parser(spec, device))
         while (fields := units.get()) is not None:
             yield parse(fields)
     except UserError as error:

@@ -152,6 +152,14 @@ def test_what_fails_in_a_worker_is_told_whatever_its_kind(monkeypatch: pytest.Mo
     assert isinstance(told, str) and told.endswith("OSError: the disk is gone\n")
 
 
+def test_few_compiled_products_are_kept_by_who_parses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")  # the user's
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    with pool_module.lean_memory():
+        assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("32", "7")
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ and os.environ["LRU_CACHE_CAPACITY"] == "7"
+
+
 def test_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed = []
     monkeypatch.setattr(pool_module, "_trim", trimmed.append)
@@ -195,12 +203,12 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.
     lines = [json.dumps({"id": field.record_id, "text": field.text}) for field in fields(80)]
     source.write_text("\n".join([*lines, "bad"]) + "\n")
     stores = []
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         output = tmp_path / str(workers)
         config = ParseConfig(inputs=(str(source),), output=output, num_shards=num_shards, workers=workers)
         parse(config.model_copy(update={"max_reject_share": 0.5}))
         stores.append({path.name: path.read_bytes() for path in output.iterdir() if path.is_file()})
-    assert stores[0] == stores[1] == stores[2]
+    assert stores[0] == stores[1]
 
 
 def test_a_gpu_has_one_worker_and_a_cpu_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
