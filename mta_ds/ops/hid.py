@@ -18,7 +18,8 @@ from mta_ds.ops.arguments import (
 )
 from mta_ds.ops.autograd import differentiable_once, without_autocast
 from mta_ds.ops.backend import backend_of
-from mta_ds.ops.products import accumulating, add_product, product, total_dtype, write_product
+from mta_ds.ops.layout import row_blocks
+from mta_ds.ops.products import ROW_STEP, accumulating, add_product, product, total_dtype, write_product
 
 # Tokens that are projected at once: enough for products at full speed, few beside a batch; on a CPU half as many in
 # half precision, of which fp32 copies are made.
@@ -114,11 +115,10 @@ class Projector:
             tokens: the rows that count, int64 [m] beside the others; None for all, m = n.
         """
         values = torch.empty_like(weights)
-        # chunks of one size: a small rest would run at half the speed
+        # chunks of about one size: a small rest would run at half the speed
         num_chunks = max(1, -(-len(weights) // hid_chunk_tokens(student.is_cuda, student.element_size())))
-        size = -(-len(weights) // num_chunks)
-        for first in range(0, len(weights), max(1, size)):
-            chunk = slice(first, min(first + size, len(weights)))
+        size = -(-len(weights) // (num_chunks * ROW_STEP)) * ROW_STEP
+        for chunk in row_blocks(len(weights), size):
             rows = chunk if tokens is None else tokens[chunk]
             ours = _rows_of(student, rows).to(self._dtype)
             values[chunk] = self._way(ours, teacher, rows, weights[chunk], gradient[chunk])
@@ -159,7 +159,7 @@ class _Direct:
         self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
     ) -> Tensor:
         """Values [c] of a chunk; its gradient into ``gradient`` [c, d_S], the projection's is added up."""
-        projected = product(student, self._projection.T, self._room("projected", student))
+        projected = product(student, self._projection.T, lambda: self._room("projected", student))
         if backend_of(student) == "triton":
             import mta_ds.ops.kernels.hid as kernels
 
@@ -212,13 +212,13 @@ class _ThroughGram:
         self, student: Tensor, teacher: Tensor, rows: slice | Tensor, weights: Tensor, gradient: Tensor
     ) -> Tensor:
         """As :class:`_Direct`."""
-        through = torch.mm(student, self._gram)
+        through = product(student, self._gram)
         square = (student * through).sum(dim=1)
         weak = square < self._least * student.square().sum(dim=1)
         is_weak = bool(weak.any())
         strong = weights.masked_fill(weak, 0.0) if is_weak else weights
         theirs = _rows_of(teacher, rows).to(student.dtype)
-        down = torch.mm(theirs, self._projection)
+        down = product(theirs, self._projection)
         values, along, back = _slopes(
             (student * down).sum(dim=1),
             square.masked_fill_(weak, 1.0).sqrt_(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -11,6 +12,8 @@ from mta_ds.ops.layout import row_blocks
 
 # Rows of a Gram matrix at once: fewer are slower by more than symmetry saves.
 _STRIP_ROWS = 64
+# Rows of a product come in multiples of it where they can: oneDNN compiles one for each number of rows, and keeps it.
+ROW_STEP = 64
 
 
 def total_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,26 +26,32 @@ def accumulating(x: Tensor) -> Tensor:
     return x.to(total_dtype(x.dtype))
 
 
-def product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, buffer: Callable[[], Tensor | None] = lambda: None) -> Tensor:
     """a · b [m, n] in fp32 (float64 stays), whatever the factors' common dtype.
 
     A GPU adds up half-precision factors in fp32 and gives those sums; a CPU with such instructions rounds them to the
     factors' dtype at the end; any other CPU would take over a hundred times longer than in fp32, so it gets fp32.
 
     Args:
-        buffer: fp32 [m, n] that the result may lie in: on a CPU fresh memory costs as much as a tenth of a product.
+        buffer: makes fp32 [m, n] for the result to lie in, where that saves a CPU fresh memory, which costs as much as
+            a tenth of a product.
     """
+    if (multiply := _onednn(a)) is not None:
+        return multiply(a, b)
     if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b, out=buffer)
+        return torch.mm(a, b, out=buffer())
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    result = torch.mm(a, b) if _is_native(a) else torch.mm(a.float(), b.float(), out=buffer)
-    return result.float() if buffer is None or result is buffer else buffer.copy_(result)
+    room = buffer()
+    result = torch.mm(a, b) if _is_native(a) else torch.mm(a.float(), b.float(), out=room)
+    return result.float() if room is None or result is room else room.copy_(result)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a · b, added up in fp32 and rounded once, all in one dtype."""
-    if _is_native(a):
+    if (multiply := _onednn(a)) is not None:
+        out.copy_(multiply(a, b))
+    elif _is_native(a):
         torch.mm(a, b, out=out)
     else:
         out.copy_(product(a, b))
@@ -69,6 +78,26 @@ def gram(x: Tensor) -> Tensor:
         whole[:, rows, rows.start :] = torch.bmm(x[:, rows], x[:, rows.start :].mT)
         whole[:, rows.stop :, rows] = whole[:, rows, rows.stop :].mT
     return whole
+
+
+def _onednn(a: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What multiplies ``a`` by another matrix faster than torch.mm: oneDNN in fp32, where that goes to MKL.
+
+    MKL is the slower of both, by a fifth where the result is wide (on an AMD CPU; Intel's were not tried). Only numbers
+    of rows that come again are compiled for, see :data:`ROW_STEP`.
+    """
+    if a.dtype != torch.float32 or a.is_cuda or not len(a) or len(a) % ROW_STEP or not torch.backends.mkldnn.enabled:
+        return None
+    return _fp32_by_onednn()
+
+
+@cache
+def _fp32_by_onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """a · b through oneDNN's linear layer, which torch's own compiler calls; None where torch has none, or no MKL."""
+    if not all(library.is_available() for library in (torch.backends.mkl, torch.backends.mkldnn)):
+        return None
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return linear and (lambda a, b: linear(a, b.T, None, "none", [], ""))
 
 
 def _is_native(x: Tensor) -> bool:
