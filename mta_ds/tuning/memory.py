@@ -252,7 +252,7 @@ def _teacher_forward(work: Workload, plan: Plan, machine: Machine) -> Parts:
     }
     if not work.key_layers:
         return parts
-    group = min(tokens, max(tokens_at_once(machine.is_gpu), work.sequence_length))
+    group = min(tokens, max(tokens_at_once(machine.is_gpu, b), work.sequence_length))
     widest = max(SPANS_PER_TOKEN[layer.granularity] for layer in work.key_layers)
     both = shape.width + work.student.width
     chunk = min(tokens, hid_chunk_tokens(machine.is_gpu, b))
