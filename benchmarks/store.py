@@ -57,7 +57,7 @@ class Sizes:
 
 
 FULL = Sizes(rows=200_000, lookups=1_000_000, documents=200, few_words=3_000, few_trees=600, workers=(1, 2))
-SMALL = Sizes(rows=500, lookups=2_000, documents=20, few_words=50, few_trees=20, workers=(1,))
+SMALL = Sizes(rows=500, lookups=2_000, documents=20, few_words=50, few_trees=8, workers=(1,))
 
 
 def write_store(folder: Path, texts: list[str], num_rows: int) -> None:
