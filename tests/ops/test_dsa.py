@@ -55,7 +55,7 @@ def test_two_thousand_spans_and_no_matrix_of_them():
 
 
 def test_wide_states(backend):
-    check(random(3, 8192), random(3, 8192, seed=1), random_omega((3,)), bounds([3]))
+    check(random(5, 8192), random(5, 8192, seed=1), random_omega((3, 2)), bounds([3, 2]))
 
 
 def test_no_memory_is_read_before_it_is_written(backend, poisoned):

@@ -207,17 +207,28 @@ def test_what_is_kept_is_the_students_alone():
     assert sum(t.numel() for t in (*kept.terms, *kept[2:])) <= 2 * n * d_student + n + d_teacher * d_student + 10
 
 
+def finite_flags(layout, broken, row, bad, student_weights="own"):
+    spans = SpanLayout(*layout)
+    states = {"student": random(spans.num_tokens, 6), "teacher": random(spans.num_tokens, 6, seed=1)}
+    for name in broken:
+        states[name][row, 2] = bad
+    terms = align_layer(**states, projection=torch.eye(6), layout=spans, student_weights=student_weights).terms
+    return terms.finite.tolist()
+
+
 @pytest.mark.parametrize("student_weights", ["own", "teacher"])
 @pytest.mark.parametrize("row", [1, 6])  # a token in spans, and the sequence of one token, which is in none
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_whose_state_is_not_finite_is_told(backend, student_weights, row, bad):
-    layout = SpanLayout(bounds([6, 1, 3]), torch.tensor([[0, 2], [1, 4], [7, 9]]), bounds([2, 0, 1]))
+    layout = bounds([6, 1, 3]), torch.tensor([[0, 2], [1, 4], [7, 9]]), bounds([2, 0, 1])
     for broken in ((), ("student",), ("teacher",)):
-        states = {"student": random(10, 6), "teacher": random(10, 6, seed=1)}
-        for name in broken:
-            states[name][row, 2] = bad
-        terms = align_layer(**states, projection=torch.eye(6), layout=layout, student_weights=student_weights).terms
-        assert terms.finite.tolist() == [float("student" not in broken), float("teacher" not in broken)]
+        told = finite_flags(layout, broken, row, bad, student_weights)
+        assert told == [float("student" not in broken), float("teacher" not in broken)]
+
+
+@pytest.mark.parametrize("row", [int(SPANS[0, 0]), 33, 34 + 69])  # the last is beyond a tile of its sequence
+def test_whose_state_is_not_finite_is_told_among_many(backend, row):
+    assert finite_flags(WHOLE, ["teacher"], row, float("-inf")) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("student_weights", ["own", "teacher"])
